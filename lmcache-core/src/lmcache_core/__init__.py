@@ -1,0 +1,1 @@
+"""Multi-tier KV cache for LLM inference engines, with pluggable backends."""

@@ -1,0 +1,180 @@
+"""Typed, frozen configuration of an engine, and where it is read from.
+
+Sources, later ones win: defaults, the YAML file named by ``LMCACHE_CONFIG_FILE``, and the
+engine's own extra configuration (vLLM's ``kv_connector_extra_config``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from lmcache_core.sdk import ConfigError
+
+CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One tier below the host tier.
+
+    Attributes:
+        url: of the backend, such as ``file:///nvme/kv``.
+        size_bytes: most bytes that we keep there; 0 leaves it to the store.
+        name: in metrics and hit reports; "" takes "disk" for file, else the scheme.
+        write: ``through`` stores every chunk, ``never`` only reads.
+        threads: calls at the same time, at most the backend's ``max_concurrency``.
+        max_queued: calls that wait for a thread; more are dropped and counted.
+        deadline_s: for one operation.
+        probe_interval_s: between two probes while the breaker is open.
+        failures_to_open: failures in a row that open the breaker; a missed deadline or
+            an unavailable backend opens it at once.
+        max_lost_bytes: host memory that calls which can't be cancelled may hold.
+    """
+
+    url: str
+    size_bytes: int = 0
+    name: str = ""
+    write: Literal["through", "never"] = "through"
+    threads: int = 4
+    max_queued: int = 256
+    deadline_s: float = 2.0
+    probe_interval_s: float = 1.0
+    failures_to_open: int = 3
+    max_lost_bytes: int = 256 << 20
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything a `CacheEngine` is told.
+
+    Attributes:
+        host_bytes: size of the host tier.
+        tiers: below it, fastest first.
+        chunk_size: tokens in a chunk.
+        hash_algorithm: of the prefix chain.
+        store_partial_chunk: also store a last chunk that is not full.
+        store_decode: also store chunks that decoding fills.
+        lookup_deadline_s: how long a request may wait for tiers below host.
+        max_pending_store_bytes: host memory that stores not yet confirmed may hold.
+        close_timeout_s: how long `close` waits for writes that were accepted.
+        load: ``sync`` copies before the forward pass, ``async`` beside it, ``auto`` is
+            sync while no other request runs.
+        copy_threads: threads that copy between device and host.
+        huge_pages, prefault, numa_node: of the host tier's memory; -1 leaves NUMA alone.
+    """
+
+    host_bytes: int = 4 << 30
+    tiers: tuple[TierConfig, ...] = ()
+    chunk_size: int = 256
+    hash_algorithm: Literal["sha256", "blake3"] = "sha256"
+    store_partial_chunk: bool = False
+    store_decode: bool = True
+    lookup_deadline_s: float = 2.0
+    max_pending_store_bytes: int = 1 << 30
+    close_timeout_s: float = 5.0
+    load: Literal["auto", "sync", "async"] = "auto"
+    copy_threads: int = 2
+    huge_pages: bool = True
+    prefault: bool = True
+    numa_node: int = -1
+
+    def __post_init__(self) -> None:
+        for name in ("host_bytes", "chunk_size", "copy_threads"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint="give more than 0")
+        for name in ("lookup_deadline_s", "close_timeout_s"):
+            if not 0 < getattr(self, name) <= 3600:
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint="give 0 to 3600 s")
+
+
+def parse_size(value: object) -> int:
+    """Bytes of ``20GiB``, ``500 MB``, ``4096`` or an int.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"{value!r} is not a size", hint='write it like "20GiB" or "500MB"')
+    return int(float(match[1]) * unit)
+
+
+def load_config(extra: Mapping[str, Any] | None = None) -> EngineConfig:
+    """The effective configuration.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key (with the nearest name), a value of
+            the wrong type.
+    """
+    merged: dict[str, Any] = {}
+    if path := os.environ.get(CONFIG_FILE_VARIABLE):
+        merged.update(_read_yaml(Path(path)))
+    merged.update(extra or {})
+    return from_mapping(merged)
+
+
+def from_mapping(values: Mapping[str, Any]) -> EngineConfig:
+    """`EngineConfig` of plain values; ``tiers`` is a list of ``{"host": SIZE}`` and
+    ``{"url": URL, "size": SIZE, ...}``.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    plain = dict(values)
+    tiers = plain.pop("tiers", [])
+    if not isinstance(tiers, (list, tuple)):
+        raise ConfigError("tiers is not a list", hint="write one '- url: ...' a tier")
+    lower: list[TierConfig] = []
+    for position, tier in enumerate(tiers):
+        if not isinstance(tier, Mapping):
+            raise ConfigError(f"tier {position} is not a mapping", hint="- url: file:///nvme/kv")
+        if "host" in tier:
+            if position or len(tier) > 1:
+                raise ConfigError("host must be the first tier, alone", hint="- host: 20GiB")
+            plain["host_bytes"] = parse_size(tier["host"])
+            continue
+        entry = dict(tier)
+        if "size" in entry:
+            entry["size_bytes"] = parse_size(entry.pop("size"))
+        lower.append(_convert(entry, TierConfig, f"tiers[{position}]"))
+    if "host_bytes" in plain:
+        plain["host_bytes"] = parse_size(plain["host_bytes"])
+    return msgspec.structs.replace(_convert(plain, EngineConfig, "config"), tiers=tuple(lower))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} can't be read: {error}", hint=f"fix the file or unset {CONFIG_FILE_VARIABLE}"
+        ) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} is not a mapping", hint="write 'key: value' lines")
+    return loaded
+
+
+def _convert(values: Mapping[str, Any], kind: type[Any], where: str) -> Any:
+    known = [field.name for field in msgspec.structs.fields(kind)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {name!r}", hint=hint)
+    try:
+        return msgspec.convert(dict(values), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}", hint="see the documentation of the key") from error

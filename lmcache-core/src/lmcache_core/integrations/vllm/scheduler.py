@@ -1,0 +1,316 @@
+"""The scheduler's side: owns the engine, decides what is loaded and stored.
+
+Every hook runs in the scheduler's thread and returns at once.  Bytes come to the host
+tier before a hit is offered, so a load can't miss; a chunk counts as stored only after
+every worker has confirmed its copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lmcache_core.engine import CacheEngine, Prefetch
+from lmcache_core.integrations.vllm.identity import RequestIdentity
+from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, WorkerMetadata
+from lmcache_core.keys import ChunkHasher
+from lmcache_core.tiers.host import HostChunk
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """One live request.
+
+    Attributes:
+        keys: stored keys of its whole chunks so far; digests are computed once.
+        ticket: its prefix on the way to host, with the first chunk and the tokens that
+            the device already had when it was asked.
+        offered: chunks looked at for storing, from the start.
+        frozen: caches nothing more (its pages predate a reset).
+    """
+
+    request: Request
+    hasher: ChunkHasher
+    digests: list[bytes] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    ticket: Prefetch | None = None
+    first_chunk: int = 0
+    computed: int = 0
+    offered: int = 0
+    parked: bool = False
+    frozen: bool = False
+    cached_tokens: dict[str, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Scheduler half of the connector.
+
+    Args:
+        engine: owned; closed by `close`.
+        block_size: tokens in a block; divides the chunk size.
+        workers: how many workers confirm each job.
+    """
+
+    def __init__(self, engine: CacheEngine, *, block_size: int, workers: int) -> None:
+        self._engine = engine
+        self._block_size = block_size
+        self._chunk_size = engine.config.chunk_size
+        self._workers = workers
+        self._identity = RequestIdentity(engine.namespace)
+        self._requests: dict[str, _Tracked] = {}
+        self._refused: set[str] = set()
+        self._job_ids = itertools.count(1)
+        self._storing: dict[int, tuple[list[HostChunk], int]] = {}
+        self._storing_bytes = 0
+        self._loading: dict[int, tuple[Prefetch, list[bytes]]] = {}
+        self._new_loads: list[Job] = []
+        self._running = 0
+
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """How many tokens after ``computed`` can be loaded; None asks again later."""
+        self._engine.poll()
+        tracked = self._track(request)
+        block = self._block_size
+        usable = (request.num_tokens - 1) // block * block
+        if tracked is None or tracked.frozen or request.skip_reading_prefix_cache:
+            return 0, False
+        if computed >= usable:
+            self._release(tracked)
+            return 0, False
+        self._extend_keys(tracked)
+        first = computed // self._chunk_size
+        if tracked.ticket is None or tracked.first_chunk != first:
+            self._release(tracked)
+            last = -(-usable // self._chunk_size)
+            tracked.ticket = self._engine.prefetch(tracked.keys[first:last])
+            tracked.first_chunk = first
+        tracked.computed = computed
+        if not tracked.ticket.done:
+            return None, False
+        end = (first + len(tracked.ticket.hits())) * self._chunk_size
+        matched = max(0, min(end, usable) - computed)
+        self._count("requested_tokens", request.num_tokens)
+        if not matched:
+            self._release(tracked)
+            return 0, False
+        mode = self._engine.config.load
+        tracked.parked = mode == "async" or (mode == "auto" and self._running > 0)
+        return matched, tracked.parked
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, matched: int) -> None:
+        """Pages were given to the request: plan the load of ``matched`` tokens."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.ticket is None:
+            return
+        ticket, tracked.ticket = tracked.ticket, None
+        if not matched:
+            self._engine.release(ticket)
+            return
+        block_ids = blocks.get_block_ids()[0]
+        first, count = tracked.computed // self._block_size, matched // self._block_size
+        spans = self._spans(
+            ticket.hits(), tracked.first_chunk, block_ids, range(first, first + count)
+        )
+        self._note_hits(tracked, ticket, matched)
+        job = Job(next(self._job_ids), request.request_id, tuple(spans), tracked.parked)
+        self._loading[job.job_id] = (ticket, ticket.keys)
+        self._new_loads.append(job)
+
+    def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
+        """What the workers move in this step, and which pages it may overwrite."""
+        self._engine.poll()
+        fence = self._overwritten(output) if self._storing else frozenset()
+        meta = StepMetadata(self._engine.host.arena.ref, loads=self._new_loads, fence=fence)
+        self._new_loads = []
+        self._running = len(output.num_scheduled_tokens)
+        computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens))
+        for req_id, scheduled in output.num_scheduled_tokens.items():
+            job = self._plan_store(output, req_id, computed[req_id] + scheduled)
+            if job is not None:
+                meta.stores.append(job)
+        if not output.total_num_scheduled_tokens and self._waiting():
+            # An empty step would spin and keep the I/O threads from the interpreter.
+            self._engine.runtime.wait(0.001)
+        return meta
+
+    def update(self, output: KVConnectorOutput) -> None:
+        """Confirmations of the workers."""
+        report = output.kv_connector_worker_meta
+        if not isinstance(report, WorkerMetadata):
+            return
+        for job_id in report.done.keys() | report.failed.keys():
+            failed = report.failed.get(job_id, 0) > 0
+            if job_id in self._storing:
+                chunks, generation = self._storing.pop(job_id)
+                self._storing_bytes -= len(chunks) * self._engine.layout.payload_bytes
+                if failed:
+                    self._engine.abort(chunks)
+                    self._count("store_failed", len(chunks))
+                else:
+                    self._engine.commit(chunks, generation)
+            elif job_id in self._loading:
+                ticket, keys = self._loading.pop(job_id)
+                self._engine.release(ticket)
+                if failed:
+                    self._engine.host.drop(keys)
+                    self._count("load_failed", len(keys))
+
+    def finished(self, request: Request) -> dict[str, Any] | None:
+        """The request ended or was aborted; what its response says about us."""
+        self._refused.discard(request.request_id)
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is None:
+            return None
+        self._release(tracked)
+        self._engine.host.touch(tracked.keys)
+        return {"lmcache": {"cached_tokens": dict(tracked.cached_tokens)}}
+
+    def has_pending_work(self) -> bool:
+        """Whether an idle engine must go on stepping for confirmations to come in."""
+        return bool(self._storing) or self._engine.settling
+
+    def reset(self) -> bool:
+        """Weights may have changed: forget host chunks, start a new epoch.
+
+        Lower tiers keep what they have; nothing of it matches the new namespace.
+        """
+        self._engine.clear()
+        self._engine.rebase(self._engine.namespace.derive(weights_epoch=uuid.uuid4().hex))
+        self._identity = RequestIdentity(self._engine.namespace)
+        for tracked in self._requests.values():
+            self._release(tracked)
+            tracked.frozen = True
+        return True
+
+    def close(self) -> None:
+        """Flush and close the engine."""
+        for tracked in self._requests.values():
+            self._release(tracked)
+        self._engine.close()
+
+    def _track(self, request: Request) -> _Tracked | None:
+        req_id = request.request_id
+        tracked = self._requests.get(req_id)
+        if tracked is None and req_id not in self._refused:
+            namespace, reason = self._identity.of(request)
+            if namespace is None:
+                self._refused.add(req_id)
+                self._count(f"not_cached.{reason}")
+                return None
+            tracked = _Tracked(request, self._engine.hasher(namespace))
+            self._requests[req_id] = tracked
+        return tracked
+
+    def _extend_keys(self, tracked: _Tracked) -> None:
+        size = self._chunk_size
+        whole = tracked.request.num_tokens // size
+        if whole > len(tracked.keys):
+            tokens = tracked.request.all_token_ids[: whole * size]
+            tracked.digests = tracked.hasher.extend(tracked.digests, tokens)
+            fresh = tracked.digests[len(tracked.keys) :]
+            tracked.keys += self._engine.keys_of(fresh, tracked.hasher.namespace)
+
+    def _release(self, tracked: _Tracked) -> None:
+        if tracked.ticket is not None:
+            self._engine.release(tracked.ticket)
+            tracked.ticket = None
+
+    def _spans(
+        self, chunks: list[HostChunk], first_chunk: int, block_ids: list[int], blocks: range
+    ) -> list[Span]:
+        """Spans of the request's ``blocks``, which lie in ``chunks``."""
+        per_chunk = self._chunk_size // self._block_size
+        spans = []
+        for i, chunk in enumerate(chunks, first_chunk):
+            start = max(blocks.start, i * per_chunk)
+            stop = min(blocks.stop, (i + 1) * per_chunk)
+            if start < stop:
+                ids = tuple(block_ids[start:stop])
+                spans.append(Span(chunk.offset, start - i * per_chunk, ids))
+        return spans
+
+    def _plan_store(self, output: SchedulerOutput, req_id: str, processed: int) -> Job | None:
+        tracked = self._requests.get(req_id)
+        if tracked is None or tracked.frozen:
+            return None
+        request = tracked.request
+        known = request.num_tokens if self._engine.config.store_decode else 0
+        bound = min(processed, max(known, request.num_prompt_tokens))
+        whole = bound // self._chunk_size
+        if whole <= tracked.offered:
+            return None
+        self._extend_keys(tracked)
+        chunks: list[HostChunk] = []
+        indices: list[int] = []
+        limit = self._engine.config.max_pending_store_bytes
+        for i in range(tracked.offered, whole):
+            if tracked.keys[i] in self._engine.host:
+                continue
+            if self._storing_bytes + self._engine.layout.payload_bytes > limit:
+                self._count("store_dropped_pressure")
+                continue
+            chunk = self._engine.reserve(tracked.keys[i], tracked.keys[i - 1] if i else None)
+            if chunk is not None:
+                self._storing_bytes += self._engine.layout.payload_bytes
+                chunks.append(chunk)
+                indices.append(i)
+        tracked.offered = whole
+        if not chunks:
+            return None
+        block_ids = self._block_ids(output, req_id)
+        per_chunk = self._chunk_size // self._block_size
+        spans = tuple(
+            Span(chunk.offset, 0, tuple(block_ids[i * per_chunk : (i + 1) * per_chunk]))
+            for chunk, i in zip(chunks, indices)
+        )
+        job = Job(next(self._job_ids), req_id, spans)
+        self._storing[job.job_id] = (chunks, self._engine.generation)
+        return job
+
+    def _block_ids(self, output: SchedulerOutput, req_id: str) -> list[int]:
+        state = output.kv_connector_block_state
+        table = state.get_block_ids(req_id) if state is not None else None
+        assert table is not None, f"no block table for the scheduled request {req_id}"
+        return list(table[0])
+
+    def _overwritten(self, output: SchedulerOutput) -> frozenset[int]:
+        """Pages that this step or its loads may write."""
+        ids: set[int] = set()
+        for new in output.scheduled_new_reqs:
+            ids.update(new.block_ids[0][new.num_computed_tokens // self._block_size :])
+        for blocks in output.scheduled_cached_reqs.new_block_ids:
+            if blocks is not None:
+                ids.update(blocks[0])
+        for copy in output.kv_cache_block_copies or ():
+            ids.add(copy.dst_block_id)
+        for job in self._new_loads:
+            ids.update(b for span in job.spans for b in span.block_ids)
+        return frozenset(ids)
+
+    def _note_hits(self, tracked: _Tracked, ticket: Prefetch, matched: int) -> None:
+        tracked.cached_tokens = {}
+        at, end = tracked.computed, tracked.computed + matched
+        for i, chunk in enumerate(ticket.hits(), tracked.first_chunk):
+            upto = min((i + 1) * self._chunk_size, end)
+            if upto > at:
+                tier = ticket.sources.get(chunk.key, "host")
+                tracked.cached_tokens[tier] = tracked.cached_tokens.get(tier, 0) + upto - at
+                at = upto
+        for tier, tokens in tracked.cached_tokens.items():
+            self._count(f"hit_tokens.{tier}", tokens)
+
+    def _waiting(self) -> bool:
+        return any(t.ticket is not None and not t.ticket.done for t in self._requests.values())
+
+    def _count(self, name: str, amount: int = 1) -> None:
+        self._engine.metrics.counter(f"vllm.{name}").inc(amount)

@@ -1,0 +1,150 @@
+"""The worker's side: copies between pages and the arena, beside the forward pass.
+
+Fence: `handle_step` runs before every forward.  A store still reading a page that the
+step may overwrite ends there; a load is reported only when its last copy has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+from lmcache_core.config import EngineConfig
+from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, WorkerMetadata
+from lmcache_core.integrations.vllm.pages import CpuPages
+from lmcache_core.logs import logger
+from lmcache_core.memory.arena import Arena
+from lmcache_core.sdk import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Worker:
+    """One per worker process; called by the model runner's thread only."""
+
+    def __init__(self, config: EngineConfig, *, block_size: int, payload_bytes: int) -> None:
+        self._config = config
+        self._block_size = block_size
+        self._payload_bytes = payload_bytes
+        self._arena: Arena | None = None
+        self._pages: CpuPages | None = None
+        self._pool = ThreadPoolExecutor(config.copy_threads, "lmc-copy")
+        self._stores: dict[int, tuple[list[Future[None]], frozenset[int]]] = {}
+        self._loads: dict[int, tuple[Job, list[Future[None]]]] = {}
+        self._finished: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._report = WorkerMetadata()
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Learn where the pages are.
+
+        Raises:
+            ConfigError: pages that this version can't copy, or of an unexpected size.
+        """
+        devices = {tensor.device.type for tensor in kv_caches.values()}
+        blocks = self._config.chunk_size // self._block_size
+        if devices == {"cpu"}:
+            self._pages = CpuPages(kv_caches, blocks)
+        else:
+            from lmcache_core.integrations.vllm.device_pages import DevicePages
+
+            self._pages = DevicePages(kv_caches, blocks)
+        if self._pages.payload_bytes != self._payload_bytes:
+            raise ConfigError(
+                f"a chunk has {self._pages.payload_bytes} bytes in this worker, "
+                f"{self._payload_bytes} by the scheduler",
+                hint="all layers must have the page size of their KV cache specification",
+            )
+
+    def handle_step(self, meta: StepMetadata) -> None:
+        """Before the forward: end stores whose pages are about to be overwritten."""
+        if self._arena is None:
+            self._arena = Arena.attach(
+                meta.arena, warn=logger.warning, prefault=self._config.prefault
+            )
+            if self._pages is not None and not isinstance(self._pages, CpuPages):
+                self._arena.pin()
+        if meta.fence:
+            for futures, blocks in self._stores.values():
+                if not blocks.isdisjoint(meta.fence):
+                    wait(futures)
+
+    def start_loads(self, jobs: Sequence[Job]) -> None:
+        """Onboard: at once for jobs that the step waits for, else beside it."""
+        for job in jobs:
+            spans = list(job.spans)
+            if job.parked:
+                self._loads[job.job_id] = (job, self._split("onboard", spans))
+                continue
+            mine = spans[:: self._config.copy_threads]
+            others = [s for i, s in enumerate(spans) if i % self._config.copy_threads]
+            futures = self._split("onboard", others)
+            own: Future[None] = Future()
+            try:
+                self._copy("onboard", mine)
+                own.set_result(None)
+            except Exception as error:  # reported to the engine as a failed load
+                own.set_exception(error)
+            wait(futures)
+            self._settle_load(job, [own, *futures])
+
+    def start_stores(self, jobs: Sequence[Job]) -> None:
+        """Offload beside what comes next; the fence keeps the pages as they are."""
+        for job in jobs:
+            blocks = frozenset(b for span in job.spans for b in span.block_ids)
+            self._stores[job.job_id] = (self._split("offload", list(job.spans)), blocks)
+
+    def finished_loads(self) -> set[str]:
+        """Requests whose parked load has ended, well or not, since the last call."""
+        for job_id, (job, futures) in list(self._loads.items()):
+            if all(future.done() for future in futures):
+                del self._loads[job_id]
+                self._settle_load(job, futures)
+                self._finished.add(job.req_id)
+        finished, self._finished = self._finished, set()
+        return finished
+
+    def failed_blocks(self) -> set[int]:
+        """Pages whose load failed since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def report(self) -> WorkerMetadata | None:
+        """Jobs that ended since the last call."""
+        for job_id, (futures, _) in list(self._stores.items()):
+            if all(future.done() for future in futures):
+                del self._stores[job_id]
+                self._count(job_id, futures)
+        if not (self._report.done or self._report.failed):
+            return None
+        report, self._report = self._report, WorkerMetadata()
+        return report
+
+    def close(self) -> None:
+        """End every copy, then unmap."""
+        self._pool.shutdown(wait=True, cancel_futures=False)
+        if self._arena is not None:
+            self._arena.close()
+
+    def _settle_load(self, job: Job, futures: Sequence[Future[None]]) -> None:
+        if not self._count(job.job_id, futures):
+            self._failed_blocks.update(b for span in job.spans for b in span.block_ids)
+
+    def _count(self, job_id: int, futures: Sequence[Future[None]]) -> bool:
+        errors = [e for future in futures if (e := future.exception()) is not None]
+        for error in errors:
+            logger.error("a page copy failed: %r", error)
+        tally = self._report.failed if errors else self._report.done
+        tally[job_id] = 1
+        return not errors
+
+    def _split(self, op: str, spans: Sequence[Span]) -> list[Future[None]]:
+        parts = self._config.copy_threads
+        groups = [spans[i::parts] for i in range(parts)]
+        return [self._pool.submit(self._copy, op, group) for group in groups if group]
+
+    def _copy(self, op: str, spans: Sequence[Span]) -> None:
+        assert self._pages is not None and self._arena is not None
+        getattr(self._pages, op)(self._arena, spans)

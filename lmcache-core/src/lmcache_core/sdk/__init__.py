@@ -1,0 +1,86 @@
+"""The contract between core and its backends: standard library and pluggy only.
+
+A backend imports from here and from nowhere else in core.
+"""
+
+from lmcache_core.sdk.api import API_VERSION, BACKEND_GROUP
+from lmcache_core.sdk.batch import BatchLoop, TargetTooSmall, status_of_oserror
+from lmcache_core.sdk.buffers import Buffer, MemoryKind, Region, ReleaseToken
+from lmcache_core.sdk.capabilities import Capabilities, Durability, OnExisting, Sharing
+from lmcache_core.sdk.connector import (
+    CLOSE_LIMIT_S,
+    MAX_KEY_BYTES,
+    OPTIONAL_PROTOCOLS,
+    Health,
+    OpContext,
+    RemoteConnector,
+    ScanEntry,
+    SupportsLeases,
+    SupportsRegions,
+    SupportsScan,
+    SupportsSubmit,
+)
+from lmcache_core.sdk.errors import (
+    BackendClosed,
+    BackendUnavailable,
+    ConfigError,
+    ContractViolation,
+    LMCacheError,
+    Unsupported,
+)
+from lmcache_core.sdk.guarded import GuardedLoop
+from lmcache_core.sdk.hookspecs import (
+    BackendHooks,
+    BackendInfo,
+    Counter,
+    HostServices,
+    OptionSpec,
+    OptionValue,
+    Probe,
+    hookimpl,
+)
+from lmcache_core.sdk.status import GetResult, Status
+
+__all__ = [
+    "API_VERSION",
+    "BACKEND_GROUP",
+    "BackendClosed",
+    "BackendHooks",
+    "BackendInfo",
+    "BackendUnavailable",
+    "BatchLoop",
+    "Buffer",
+    "CLOSE_LIMIT_S",
+    "Capabilities",
+    "ConfigError",
+    "ContractViolation",
+    "Counter",
+    "Durability",
+    "GetResult",
+    "GuardedLoop",
+    "Health",
+    "HostServices",
+    "LMCacheError",
+    "MAX_KEY_BYTES",
+    "MemoryKind",
+    "OPTIONAL_PROTOCOLS",
+    "OnExisting",
+    "OpContext",
+    "OptionSpec",
+    "OptionValue",
+    "Probe",
+    "Region",
+    "ReleaseToken",
+    "RemoteConnector",
+    "ScanEntry",
+    "Sharing",
+    "Status",
+    "SupportsLeases",
+    "SupportsRegions",
+    "SupportsScan",
+    "SupportsSubmit",
+    "TargetTooSmall",
+    "Unsupported",
+    "hookimpl",
+    "status_of_oserror",
+]

@@ -1,0 +1,206 @@
+"""Helpers for authors: `BatchLoop` turns per-key functions into a whole connector."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from lmcache_core.sdk.buffers import Buffer
+from lmcache_core.sdk.connector import MAX_KEY_BYTES, OpContext, RemoteConnector
+from lmcache_core.sdk.errors import BackendClosed, ContractViolation
+from lmcache_core.sdk.status import GetResult, Status
+
+T = TypeVar("T")
+
+_REJECTED_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TIMEOUT_ERRNO = {errno.ETIMEDOUT, errno.EAGAIN}
+
+
+def status_of_oserror(error: OSError) -> Status:
+    """The answer for one key whose I/O raised ``error``.
+
+    ENOENT is MISS, no space is REJECTED, a time-out is TIMED_OUT, anything else (EIO,
+    EMFILE, EACCES, ...) is FAILED: an unclassified error says nothing about the value.
+    """
+    if error.errno == errno.ENOENT:
+        return Status.MISS
+    if error.errno in _REJECTED_ERRNO:
+        return Status.REJECTED
+    if isinstance(error, TimeoutError) or error.errno in _TIMEOUT_ERRNO:
+        return Status.TIMED_OUT
+    return Status.FAILED
+
+
+class BatchLoop(RemoteConnector):
+    """A connector made of per-key functions.
+
+    A subclass gives ``capabilities``, `exists_one`, `get_one`, `put_one`, `delete_one`
+    and `health`.  It gets batching, deadlines between keys, errno mapping, the checks of
+    size, alignment and overlap, and BackendClosed after close or fork.
+
+    Each function takes ``timeout_s`` and must hand it to every blocking call; an OSError
+    is mapped by `status_of_oserror`.  A ``get_one`` that finds its target too small
+    raises `TargetTooSmall`.
+    """
+
+    def __init__(self, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name = name
+        self._clock = clock
+        self._pid = os.getpid()
+        self._closed = False
+        self._close_lock = threading.Lock()
+
+    @abstractmethod
+    def exists_one(self, key: bytes, timeout_s: float) -> bool:
+        """Whether ``key`` is present."""
+
+    @abstractmethod
+    def get_one(self, key: bytes, target: memoryview, timeout_s: float) -> int | None:
+        """Write the value to the start of ``target``; its size, or None when absent."""
+
+    @abstractmethod
+    def put_one(self, key: bytes, source: memoryview, timeout_s: float) -> None:
+        """Store ``source``, atomically: readers see the old or the new whole value."""
+
+    @abstractmethod
+    def delete_one(self, key: bytes, timeout_s: float) -> None:
+        """Remove ``key``; absent is fine."""
+
+    def close_resources(self) -> None:
+        """Release what the connector holds; called once."""
+
+    def exists(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
+        self._check(keys, "exists")
+
+        def one(key: bytes, timeout_s: float) -> Status:
+            return Status.OK if self.exists_one(key, timeout_s) else Status.MISS
+
+        return self._each(keys, ctx, one, lambda status: status)
+
+    def get_into(
+        self, keys: Sequence[bytes], targets: Sequence[Buffer], ctx: OpContext
+    ) -> list[GetResult]:
+        self._check(keys, "get_into", targets)
+        _refuse_overlap(targets, self._name)
+        index = iter(targets)
+
+        def one(key: bytes, timeout_s: float) -> GetResult:
+            target = next(index)
+            view = self._view(target)
+            if view is None:
+                return GetResult(Status.REJECTED)
+            try:
+                nbytes = self.get_one(key, view, timeout_s)
+            except TargetTooSmall as small:
+                return GetResult(Status.SIZE_MISMATCH, small.nbytes)
+            return GetResult(Status.MISS) if nbytes is None else GetResult(Status.OK, nbytes)
+
+        return self._each(keys, ctx, one, GetResult)
+
+    def put_from(
+        self, keys: Sequence[bytes], sources: Sequence[Buffer], ctx: OpContext
+    ) -> list[Status]:
+        self._check(keys, "put_from", sources)
+        index = iter(sources)
+
+        def one(key: bytes, timeout_s: float) -> Status:
+            source = next(index)
+            view = self._view(source)
+            if view is None or source.nbytes > self.capabilities.max_value_bytes:
+                return Status.REJECTED
+            self.put_one(key, view, timeout_s)
+            return Status.OK
+
+        return self._each(keys, ctx, one, lambda status: status)
+
+    def delete(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
+        self._check(keys, "delete")
+
+        def one(key: bytes, timeout_s: float) -> Status:
+            try:
+                self.delete_one(key, timeout_s)
+            except FileNotFoundError:
+                pass
+            return Status.OK
+
+        return self._each(keys, ctx, one, lambda status: status)
+
+    def close(self) -> None:
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+        if os.getpid() == self._pid:
+            self.close_resources()
+
+    def _each(
+        self,
+        keys: Sequence[bytes],
+        ctx: OpContext,
+        one: Callable[[bytes, float], T],
+        wrap: Callable[[Status], T],
+    ) -> list[T]:
+        answers: list[T] = []
+        for key in keys:
+            timeout_s = ctx.deadline_s - self._clock()
+            if timeout_s <= 0:
+                break
+            try:
+                answers.append(one(key, timeout_s))
+            except OSError as error:
+                answers.append(wrap(status_of_oserror(error)))
+        answers.extend(wrap(Status.TIMED_OUT) for _ in range(len(keys) - len(answers)))
+        return answers
+
+    def _view(self, buffer: Buffer) -> memoryview | None:
+        alignment = self.capabilities.alignment
+        if buffer.view is None or buffer.address % alignment or buffer.nbytes % alignment:
+            return None
+        return buffer.view
+
+    def _check(
+        self, keys: Sequence[bytes], op: str, buffers: Sequence[Buffer] | None = None
+    ) -> None:
+        if self._closed or os.getpid() != self._pid:
+            why = "closed" if self._closed else "opened in another process"
+            raise BackendClosed(
+                f"the connector was {why}", backend=self._name, op=op, hint="open it again"
+            )
+        if len(keys) > self.capabilities.max_batch:
+            raise ContractViolation(
+                f"{len(keys)} keys in one call, max_batch is {self.capabilities.max_batch}",
+                backend=self._name,
+                op=op,
+                hint="split the batch",
+            )
+        if buffers is not None and len(buffers) != len(keys):
+            raise ContractViolation(
+                f"{len(keys)} keys but {len(buffers)} buffers", backend=self._name, op=op
+            )
+        for key in keys:
+            if not 1 <= len(key) <= MAX_KEY_BYTES:
+                raise ContractViolation(
+                    f"a key of {len(key)} bytes, allowed are 1 to {MAX_KEY_BYTES}",
+                    backend=self._name,
+                    op=op,
+                )
+
+
+class TargetTooSmall(Exception):
+    """Raised by `BatchLoop.get_one`: the value has ``nbytes`` bytes, more than the target."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
+        self.nbytes = nbytes
+
+
+def _refuse_overlap(targets: Sequence[Buffer], backend: str) -> None:
+    spans = sorted((t.address, t.address + t.nbytes) for t in targets)
+    for (_, end), (start, _) in zip(spans, spans[1:]):
+        if start < end:
+            raise ContractViolation("targets overlap", backend=backend, op="get_into")

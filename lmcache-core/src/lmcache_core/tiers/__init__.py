@@ -1,0 +1,1 @@
+"""The host tier, any connector as a tier, and their order."""

@@ -1,0 +1,230 @@
+"""The host tier: chunks in one arena, with pins, an eviction policy and a life cycle.
+
+A chunk is WRITING from `reserve` to `seal`, then SEALED until it is evicted or dropped.
+A WRITING chunk is never served.  LOST marks memory that native code may still touch.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lmcache_core.envelope import HEADER_BYTES, stored_bytes
+from lmcache_core.memory.allocator import Allocator
+from lmcache_core.memory.arena import Arena
+from lmcache_core.policy.lru import Lru
+from lmcache_core.sdk import ContractViolation
+
+
+class ChunkState(enum.Enum):
+    """Life cycle of a slot; FREE slots belong to the allocator and have no chunk."""
+
+    WRITING = "writing"
+    SEALED = "sealed"
+    LOST = "lost"
+
+
+class HostChunk:
+    """One chunk's slot in the arena: 4 KiB of envelope header, then the payload.
+
+    Attributes:
+        key, parent: stored keys of this chunk and of the one before it in the prefix.
+        offset: of the slot in the arena; the payload starts `HEADER_BYTES` later.
+        payload_bytes: length of the payload.
+        state: see `ChunkState`.
+        pins: readers that need it to stay.
+        doomed: dropped while pinned; freed with the last pin.
+        origin: tier that it came from, "" when the engine computed it.
+        frame_lock, framed: the envelope header is written once, by whoever needs it first.
+    """
+
+    __slots__ = (
+        "key", "parent", "offset", "payload_bytes", "state", "pins", "doomed", "origin",
+        "frame_lock", "framed",
+    )  # fmt: skip
+
+    def __init__(self, key: bytes, parent: bytes | None, offset: int, payload_bytes: int) -> None:
+        self.key = key
+        self.parent = parent
+        self.offset = offset
+        self.payload_bytes = payload_bytes
+        self.state = ChunkState.WRITING
+        self.pins = 0
+        self.doomed = False
+        self.origin = ""
+        self.frame_lock = threading.Lock()
+        self.framed = False
+
+
+class HostTier:
+    """Not thread-safe: the engine's owner thread calls it; payload bytes may be copied
+    from other threads while the chunk is WRITING or pinned.
+
+    Args:
+        arena: the memory.
+        on_evict: told the key of every chunk that leaves by eviction.
+    """
+
+    name = "host"
+
+    def __init__(self, arena: Arena, on_evict: Callable[[bytes], None] | None = None) -> None:
+        self.arena = arena
+        self._allocator = Allocator(arena.nbytes)
+        self._chunks: dict[bytes, HostChunk] = {}
+        self._lru = Lru()
+        self._on_evict = on_evict or (lambda key: None)
+        self.lost_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all slots, WRITING and LOST ones included."""
+        return self._allocator.used_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Size of the arena."""
+        return self._allocator.capacity_bytes
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether ``key`` has a slot, also one that is still WRITING."""
+        return key in self._chunks
+
+    def get(self, key: bytes) -> HostChunk | None:
+        """The SEALED chunk of ``key``, or None."""
+        chunk = self._chunks.get(key)
+        return chunk if chunk is not None and chunk.state is ChunkState.SEALED else None
+
+    def prefix(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys``, from the first on, are SEALED here."""
+        chunks = self._chunks
+        sealed = ChunkState.SEALED
+        for count, key in enumerate(keys):
+            chunk = chunks.get(key)
+            if chunk is None or chunk.state is not sealed:
+                return count
+        return len(keys)
+
+    def reserve(self, key: bytes, parent: bytes | None, payload_bytes: int) -> HostChunk | None:
+        """A WRITING slot for ``key``, evicting as needed.
+
+        None when ``key`` already has a slot, or when everything else is pinned or written.
+        """
+        if key in self._chunks:
+            return None
+        nbytes = stored_bytes(payload_bytes)
+        offset = self._allocator.alloc(nbytes)
+        if offset is None:
+            offset = self._evict_for(nbytes)
+            if offset is None:
+                return None
+        chunk = HostChunk(key, parent, offset, payload_bytes)
+        self._chunks[key] = chunk
+        return chunk
+
+    def seal(self, chunk: HostChunk) -> None:
+        """The payload is whole: the chunk may be served."""
+        if chunk.state is not ChunkState.WRITING:
+            raise ContractViolation(f"seal of a chunk that is {chunk.state.value}", op="seal")
+        if chunk.doomed:
+            self._free(chunk)
+            return
+        chunk.state = ChunkState.SEALED
+        self._lru.add(chunk.key, chunk.parent)
+
+    def abort(self, chunk: HostChunk) -> None:
+        """The payload will not come: free the slot."""
+        if chunk.state is not ChunkState.WRITING:
+            raise ContractViolation(f"abort of a chunk that is {chunk.state.value}", op="abort")
+        self._forget(chunk)
+        self._free(chunk)
+
+    def lose(self, chunk: HostChunk) -> None:
+        """Native code may still write the slot: keep it mapped and unused."""
+        if chunk.state is not ChunkState.WRITING:
+            raise ContractViolation(f"lose of a chunk that is {chunk.state.value}", op="lose")
+        self._forget(chunk)
+        chunk.state = ChunkState.LOST
+        self.lost_bytes += stored_bytes(chunk.payload_bytes)
+
+    def found(self, chunk: HostChunk) -> None:
+        """A LOST slot can't be touched any more: free it."""
+        if chunk.state is not ChunkState.LOST:
+            raise ContractViolation(f"release of a chunk that is {chunk.state.value}", op="found")
+        self.lost_bytes -= stored_bytes(chunk.payload_bytes)
+        self._free(chunk)
+
+    def pin(self, chunk: HostChunk) -> None:
+        """Keep a SEALED chunk until `unpin`."""
+        if chunk.state is not ChunkState.SEALED:
+            raise ContractViolation(f"pin of a chunk that is {chunk.state.value}", op="pin")
+        chunk.pins += 1
+
+    def unpin(self, chunk: HostChunk) -> None:
+        """End one `pin`."""
+        if chunk.pins <= 0:
+            raise ContractViolation("unpin without pin", op="unpin")
+        chunk.pins -= 1
+        if chunk.doomed and not chunk.pins:
+            self._free(chunk)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """The prefix ``keys`` was used; absent ones are ignored."""
+        self._lru.touch([key for key in keys if key in self._lru])
+
+    def drop(self, keys: Iterable[bytes]) -> int:
+        """Forget ``keys`` at once; pinned or WRITING slots are freed when they can be."""
+        dropped = 0
+        for key in keys:
+            chunk = self._chunks.get(key)
+            if chunk is None:
+                continue
+            dropped += 1
+            if chunk.state is ChunkState.WRITING:
+                self._forget(chunk)
+                chunk.doomed = True
+                continue
+            self._forget(chunk)
+            chunk.doomed = True
+            if not chunk.pins:
+                self._free(chunk)
+        return dropped
+
+    def keys(self) -> list[bytes]:
+        """Every key with a slot."""
+        return list(self._chunks)
+
+    def slot(self, chunk: HostChunk) -> memoryview:
+        """Header and payload as writable bytes."""
+        return self.arena.view(chunk.offset, stored_bytes(chunk.payload_bytes))
+
+    def payload(self, chunk: HostChunk) -> npt.NDArray[np.uint8]:
+        """The payload, flat, uint8, writable: shape ``(payload_bytes,)``."""
+        start = chunk.offset + HEADER_BYTES
+        return self.arena.array[start : start + chunk.payload_bytes]
+
+    def _evictable(self, key: bytes) -> bool:
+        return self._chunks[key].pins == 0
+
+    def _evict_for(self, nbytes: int) -> int | None:
+        for key in self._lru.victims(self._evictable):
+            chunk = self._chunks[key]
+            self._forget(chunk)
+            self._free(chunk)
+            self._on_evict(key)
+            offset = self._allocator.alloc(nbytes)
+            if offset is not None:
+                return offset
+        return None
+
+    def _forget(self, chunk: HostChunk) -> None:
+        if self._chunks.get(chunk.key) is chunk:
+            del self._chunks[chunk.key]
+            if chunk.key in self._lru:
+                self._lru.remove(chunk.key)
+
+    def _free(self, chunk: HostChunk) -> None:
+        self._allocator.free(chunk.offset)

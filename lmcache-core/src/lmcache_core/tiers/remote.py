@@ -1,0 +1,420 @@
+"""Any `RemoteConnector` as a tier: deadlines, breaker, bounded queues, quota, envelope.
+
+Owner-thread methods queue jobs on the tier's executor and return at once; answers come
+back through the runtime's completions.  A job touches only its own chunks' slots, which
+the owner keeps (WRITING or pinned) until the job has settled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from lmcache_core import envelope
+from lmcache_core.config import TierConfig
+from lmcache_core.layout import ChunkLayout
+from lmcache_core.metrics import Metrics
+from lmcache_core.policy.lru import Lru
+from lmcache_core.sdk import (
+    BackendClosed,
+    BackendUnavailable,
+    Buffer,
+    GetResult,
+    LMCacheError,
+    OpContext,
+    ReleaseToken,
+    RemoteConnector,
+    ScanEntry,
+    Status,
+    SupportsScan,
+)
+from lmcache_core.tiers.host import HostChunk, HostTier
+from lmcache_core.transfer.breaker import Breaker
+from lmcache_core.transfer.executor import Lane, Runtime
+
+_TOLD_BY_STORE = {Status.OK, Status.MISS, Status.SIZE_MISMATCH, Status.CORRUPT, Status.REJECTED}
+
+
+@dataclass(slots=True)
+class _Call:
+    deadline_s: float
+    overdue: bool = False
+
+
+class RemoteTier:
+    """One tier below host.  Owner thread only, except inside its own jobs.
+
+    Args:
+        name: in metrics and hit reports.
+        connector: open; the tier closes it.
+        host: whose slots are read and written.
+        layout: of every chunk.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connector: RemoteConnector,
+        *,
+        config: TierConfig,
+        host: HostTier,
+        layout: ChunkLayout,
+        runtime: Runtime,
+        metrics: Metrics,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.connector = connector
+        self._host = host
+        self._layout = layout
+        self._runtime = runtime
+        self._metrics = metrics
+        threads = max(1, min(config.threads, connector.capabilities.max_concurrency))
+        self._executor = runtime.executor(
+            f"lmc-{name}", threads=threads, max_queued=config.max_queued
+        )
+        self._breaker = Breaker(
+            failures_to_open=config.failures_to_open, probe_interval_s=config.probe_interval_s
+        )
+        self._calls: dict[int, _Call] = {}
+        self._call_ids = itertools.count()
+        self._sizes: dict[bytes, int] = {}
+        self._lru = Lru()
+        self._leaving: set[bytes] = set()
+        self._leaving_bytes = 0
+        self._writing: set[bytes] = set()
+        self._waiting: deque[tuple[HostChunk, int, Callable[[Status], None]]] = deque()
+        self.used_bytes = 0
+        self._max_batch = max(1, min(connector.capabilities.max_batch, 128))
+
+    def count(self, event: str, amount: int = 1) -> None:
+        """Count ``event`` under this tier's name."""
+        self._metrics.counter(f"{self.name}.{event}").inc(amount)
+
+    @property
+    def available(self) -> bool:
+        """Whether requests may use the tier now."""
+        return not self._breaker.is_open
+
+    @property
+    def unavailable_reason(self) -> str:
+        """Why the breaker is open; "" while closed."""
+        return self._breaker.reason
+
+    @property
+    def settling(self) -> bool:
+        """Whether a call is in flight that is not overdue."""
+        return any(not call.overdue for call in self._calls.values())
+
+    def recover(self) -> None:
+        """Learn what an earlier process left, with its sizes; blocks; called at open."""
+        if not isinstance(self.connector, SupportsScan) or not self.connector.capabilities.scan:
+            return
+        ctx = OpContext(deadline_s=self._runtime.now_s() + 60.0)
+        entries: list[ScanEntry] = sorted(
+            self.connector.scan(b"", ctx), key=lambda entry: entry.used_at_s
+        )
+        for entry in entries:
+            self._sizes[entry.key] = entry.nbytes
+            self._lru.add(entry.key, None)
+            self.used_bytes += entry.nbytes
+        if self.config.size_bytes:
+            self._evict(0)
+
+    def holds(self, key: bytes) -> bool:
+        """Whether we know ``key`` to be stored here; a hint."""
+        return key in self._sizes
+
+    def exists(self, keys: Sequence[bytes], done: Callable[[list[bool]], None]) -> None:
+        """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order."""
+        if not self.available:
+            self.count("skipped_breaker", len(keys))
+            done([False] * len(keys))
+            return
+        answers = [False] * len(keys)
+        waiting = len(range(0, len(keys), self._max_batch))
+
+        def settle(start: int, statuses: Sequence[Status]) -> None:
+            nonlocal waiting
+            for i, status in enumerate(statuses):
+                answers[start + i] = status is Status.OK
+            waiting -= 1
+            if not waiting:
+                done(answers)
+
+        for start in range(0, len(keys), self._max_batch):
+            batch = list(keys[start : start + self._max_batch])
+            self._call(
+                "exists",
+                Lane.LOAD,
+                len(batch),
+                partial(self.connector.exists, batch),
+                partial(settle, start),
+            )
+
+    def fetch(self, chunk: HostChunk, done: Callable[[Status], None]) -> None:
+        """Fill the WRITING ``chunk``; OK only when its envelope was verified.
+
+        ``done`` comes when nobody but the owner can touch the slot any more, or with
+        ABANDONED, in which case the slot is to be lost.
+        """
+        slot = self._host.slot(chunk)
+        buffer = self._buffer(chunk, slot)
+        verdict: list[str] = []
+
+        def run(ctx: OpContext) -> list[Status]:
+            result: GetResult = self.connector.get_into([chunk.key], [buffer], ctx)[0]
+            if result.status is not Status.OK:
+                return [result.status]
+            reason = envelope.verify(
+                slot, key=chunk.key, layout=self._layout.fingerprint, stored_bytes=result.nbytes
+            )
+            if reason:
+                verdict.append(reason)
+                return [Status.CORRUPT]
+            chunk.framed = True
+            return [Status.OK]
+
+        def answered(statuses: list[Status]) -> None:
+            status = statuses[0]
+            if status is Status.OK:
+                chunk.origin = self.name
+                self._touch(chunk.key)
+            elif status is Status.MISS:
+                self._left([chunk.key])
+            elif status in (Status.CORRUPT, Status.SIZE_MISMATCH):
+                self.count("corrupt")
+                self.count(f"corrupt.{verdict[0] if verdict else status.value}")
+                self.delete([chunk.key])
+            done(status)
+
+        self._call("get", Lane.LOAD, 1, run, answered)
+
+    def store(self, chunk: HostChunk, done: Callable[[Status], None]) -> None:
+        """Write the pinned, SEALED ``chunk``; ``done`` when its slot is the owner's again.
+
+        Where the quota is full the put waits until older chunks are confirmed deleted, so
+        the tier never holds more than ``size_bytes``.
+        """
+        nbytes = envelope.stored_bytes(chunk.payload_bytes)
+        if not self.available:
+            self.count("dropped_breaker")
+            done(Status.FAILED)
+        elif chunk.key in self._sizes:
+            self._put(chunk, nbytes, done)
+        elif len(self._waiting) >= self.config.max_queued:
+            self.count("dropped_queue.put")
+            done(Status.REJECTED)
+        else:
+            self._waiting.append((chunk, nbytes, done))
+            self._pump()
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Remove ``keys`` in the background; their room is free once that is confirmed."""
+        for start in range(0, len(keys), self._max_batch):
+            batch = list(keys[start : start + self._max_batch])
+            for key in batch:
+                self._leave(key)
+            self._call(
+                "delete",
+                Lane.STORE,
+                len(batch),
+                partial(self.connector.delete, batch),
+                partial(self._deleted, batch),
+            )
+
+    def keys_of(self, tag: bytes) -> list[bytes]:
+        """Known keys of one namespace tag."""
+        return [key for key in self._sizes if key.startswith(tag)]
+
+    def tick(self) -> None:
+        """Notice overdue calls and run a due probe; called in every poll."""
+        now_s = self._runtime.now_s()
+        for call in self._calls.values():
+            if not call.overdue and now_s > call.deadline_s + 0.25:
+                call.overdue = True
+                self.count("overdue")
+                self._failed("a call is past its deadline", fatal=True)
+        if self._breaker.wants_probe(now_s):
+            self.count("probes")
+            self._call("probe", Lane.LOAD, 1, self._probe, self._probed)
+
+    def close(self, timeout_s: float) -> bool:
+        """Close connector and executor; False when a call still runs."""
+        clean = self._executor.close(timeout_s)
+        try:
+            self.connector.close()
+        except Exception:  # a foreign close must not keep the engine from closing
+            self.count("close_failed")
+        return clean
+
+    def _probe(self, ctx: OpContext) -> list[Status]:
+        return [Status.OK if self.connector.health(ctx).ok else Status.FAILED]
+
+    def _probed(self, statuses: list[Status]) -> None:
+        self._breaker.probed(self._runtime.now_s(), ok=statuses[0] is Status.OK)
+
+    def _call(
+        self,
+        op: str,
+        lane: Lane,
+        width: int,
+        run: Callable[[OpContext], list[Status]],
+        answered: Callable[[list[Status]], None],
+    ) -> None:
+        """Queue ``run``; ``answered`` gets ``width`` statuses in the owner thread, always."""
+        ctx = OpContext(deadline_s=self._runtime.now_s() + self.config.deadline_s)
+        call_id = next(self._call_ids)
+
+        def settle(statuses: list[Status], error: LMCacheError | None) -> None:
+            del self._calls[call_id]
+            if op != "probe":
+                self._judge(op, statuses, error)
+            answered(statuses)
+
+        def job() -> None:
+            error: LMCacheError | None = None
+            try:
+                if self._runtime.now_s() >= ctx.deadline_s:
+                    statuses = [Status.TIMED_OUT] * width
+                else:
+                    statuses = run(ctx)
+                    if len(statuses) != width:
+                        raise LMCacheError("an answer of the wrong length", op=op)
+            except Exception as caught:  # the boundary to foreign code: counted, never lost
+                error = caught if isinstance(caught, LMCacheError) else LMCacheError(repr(caught))
+                statuses = [Status.FAILED] * width
+            self._runtime.completions.post(lambda: settle(statuses, error))
+
+        self._calls[call_id] = _Call(ctx.deadline_s)
+        if not self._executor.submit(job, lane):
+            self.count(f"dropped_queue.{op}", width)
+            refused = [Status.FAILED] * width
+            self._runtime.completions.post(lambda: (self._calls.pop(call_id), answered(refused))[1])
+
+    def _judge(self, op: str, statuses: Sequence[Status], error: LMCacheError | None) -> None:
+        if error is not None:
+            self.count(f"error.{type(error).__name__}")
+            fatal = isinstance(error, (BackendUnavailable, BackendClosed))
+            self._failed(str(error), fatal=fatal)
+        elif any(s in (Status.TIMED_OUT, Status.ABANDONED) for s in statuses):
+            self._failed(f"{op} missed its deadline", fatal=True)
+        elif any(s in _TOLD_BY_STORE for s in statuses):
+            self._breaker.success()
+        else:
+            self._failed(f"{op} failed", fatal=False)
+        for status in statuses:
+            if status not in (Status.OK, Status.MISS):
+                self.count(f"{op}.{status.value}")
+
+    def _failed(self, reason: str, *, fatal: bool) -> None:
+        if self._breaker.failure(self._runtime.now_s(), reason, fatal=fatal):
+            self.count("breaker_opened")
+
+    def _buffer(self, chunk: HostChunk, view: memoryview) -> Buffer:
+        region = self._host.arena.region
+        return Buffer(
+            view=view,
+            address=region.address + chunk.offset,
+            nbytes=len(view),
+            memory=region.memory,
+            region=region,
+            token=ReleaseToken(chunk.offset),
+        )
+
+    def _put(self, chunk: HostChunk, nbytes: int, done: Callable[[Status], None]) -> None:
+        slot = self._host.slot(chunk)
+        buffer = self._buffer(chunk, slot.toreadonly())
+
+        def run(ctx: OpContext) -> list[Status]:
+            with chunk.frame_lock:
+                if not chunk.framed:
+                    envelope.seal(
+                        slot,
+                        key=chunk.key,
+                        layout=self._layout.fingerprint,
+                        payload_bytes=chunk.payload_bytes,
+                    )
+                    chunk.framed = True
+            return self.connector.put_from([chunk.key], [buffer], ctx)
+
+        def answered(statuses: list[Status]) -> None:
+            self._writing.discard(chunk.key)
+            if statuses[0] is Status.OK:
+                self._lru.add(chunk.key, chunk.parent)
+                self.count("stored")
+                self.count("stored_bytes", nbytes)
+            else:
+                # In doubt: the room stays taken until a delete is confirmed.
+                self.delete([chunk.key])
+            done(statuses[0])
+
+        self._writing.add(chunk.key)
+        self._call("put", Lane.STORE, 1, run, answered)
+
+    def _pump(self) -> None:
+        """Start the waiting puts that fit; have older chunks deleted for the others."""
+        limit = self.config.size_bytes
+        while self._waiting:
+            chunk, nbytes, done = self._waiting[0]
+            if limit and self.used_bytes + nbytes > limit:
+                if self.available and nbytes <= limit:
+                    self._evict(sum(item[1] for item in self._waiting))
+                    if self._leaving:
+                        return
+                self._waiting.popleft()
+                self.count("dropped_full")
+                done(Status.REJECTED)
+                continue
+            self._waiting.popleft()
+            self._sizes[chunk.key] = nbytes
+            self.used_bytes += nbytes
+            self._put(chunk, nbytes, done)
+
+    def _evict(self, nbytes: int) -> None:
+        surplus = self.used_bytes - self._leaving_bytes + nbytes - self.config.size_bytes
+        victims: list[bytes] = []
+        candidates = self._lru.victims(lambda key: True)
+        while surplus > 0 and (key := next(candidates, None)) is not None:
+            surplus -= self._sizes[key]
+            self._lru.remove(key)
+            victims.append(key)
+        candidates.close()
+        self.count("evicted", len(victims))
+        self.delete(victims)
+
+    def _leave(self, key: bytes) -> None:
+        if key in self._lru:
+            self._lru.remove(key)
+        if key in self._sizes and key not in self._leaving:
+            self._leaving.add(key)
+            self._leaving_bytes += self._sizes[key]
+
+    def _deleted(self, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
+        gone = [key for key, status in zip(keys, statuses) if status is Status.OK]
+        for key in keys:
+            if key in self._leaving:
+                self._leaving.remove(key)
+                self._leaving_bytes -= self._sizes[key]
+                self._lru.add(key, None)
+        self._left(gone)
+        if len(gone) < len(keys) and self._waiting:
+            _, _, done = self._waiting.popleft()
+            self.count("dropped_full")
+            done(Status.REJECTED)
+        self._pump()
+
+    def _left(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            if key in self._leaving or key in self._writing:
+                continue
+            if key in self._lru:
+                self._lru.remove(key)
+            self.used_bytes -= self._sizes.pop(key, 0)
+
+    def _touch(self, key: bytes) -> None:
+        if key in self._lru:
+            self._lru.touch([key])

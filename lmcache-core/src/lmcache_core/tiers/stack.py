@@ -1,0 +1,56 @@
+"""The tiers below host, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lmcache_core.tiers.remote import RemoteTier
+
+
+class TierStack:
+    """Fastest first.  Owner thread only."""
+
+    def __init__(self, tiers: Sequence[RemoteTier]) -> None:
+        self.readable = list(tiers)
+        self.writable = [tier for tier in tiers if tier.config.write == "through"]
+
+    @property
+    def settling(self) -> bool:
+        """Whether a call is in flight that is not overdue."""
+        return any(tier.settling for tier in self.readable)
+
+    def residency(
+        self, keys: Sequence[bytes], done: Callable[[list[list[bool]]], None]
+    ) -> None:
+        """Ask every tier for ``keys`` at once; ``done`` gets one row a tier, in order."""
+        rows: list[list[bool]] = [[] for _ in self.readable]
+        waiting = len(rows)
+
+        def answer(position: int, present: list[bool]) -> None:
+            nonlocal waiting
+            rows[position] = present
+            waiting -= 1
+            if not waiting:
+                done(rows)
+
+        for position, tier in enumerate(self.readable):
+            tier.exists(keys, lambda present, position=position: answer(position, present))  # type: ignore[misc]
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Remove ``keys`` everywhere, in the background."""
+        for tier in self.writable:
+            tier.delete(keys)
+
+    def delete_tag(self, tag: bytes) -> None:
+        """Remove what each tier is known to hold of one namespace."""
+        for tier in self.writable:
+            tier.delete(tier.keys_of(tag))
+
+    def tick(self) -> None:
+        """Deadlines and probes of every tier."""
+        for tier in self.readable:
+            tier.tick()
+
+    def close(self, timeout_s: float) -> bool:
+        """Close all; False when a call still runs."""
+        return all([tier.close(timeout_s) for tier in self.readable])

@@ -1,0 +1,1 @@
+"""Moving bytes: bounded executors, circuit breaker, page copies."""

@@ -1,0 +1,125 @@
+"""Where blocking calls run: bounded threads, loads before stores, results as values.
+
+The engine's state belongs to one thread.  A job runs elsewhere and posts a callback to
+`Completions`; the owner drains them in `poll`.  `Runtime` bundles clock, completions and
+executors, so that a simulation can replace all three.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Lane(enum.IntEnum):
+    """Order of service: every queued load starts before any queued store."""
+
+    LOAD = 0
+    STORE = 1
+
+
+class Completions:
+    """Callbacks from any thread to the owner's, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Callable[[], None]] = deque()
+        self._arrived = threading.Event()
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` run in the owner's next `drain`; thread-safe."""
+        self._queue.append(callback)
+        self._arrived.set()
+
+    def drain(self) -> int:
+        """Run what has arrived; returns how many.  Owner only."""
+        self._arrived.clear()
+        count = 0
+        while self._queue:
+            self._queue.popleft()()
+            count += 1
+        return count
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when something has arrived, at the latest after ``timeout_s``."""
+        if not self._queue:
+            self._arrived.wait(timeout_s)
+
+
+class Executor(Protocol):
+    """Runs jobs that block; a job never raises and posts its own result."""
+
+    def submit(self, job: Callable[[], None], lane: Lane) -> bool:
+        """Queue ``job``; False when the queue is full or closed: it will not run."""
+        ...
+
+    def close(self, timeout_s: float) -> bool:
+        """Drop what is queued, wait for what runs; False when something still runs."""
+        ...
+
+
+class ThreadExecutor:
+    """``threads`` daemon threads over one bounded queue a lane."""
+
+    def __init__(self, name: str, *, threads: int, max_queued: int) -> None:
+        self._lanes: tuple[deque[Callable[[], None]], ...] = (deque(), deque())
+        self._max_queued = max_queued
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Callable[[], None], lane: Lane) -> bool:
+        with self._changed:
+            if self._closed or len(self._lanes[lane]) >= self._max_queued:
+                return False
+            self._lanes[lane].append(job)
+            self._changed.notify()
+        return True
+
+    def close(self, timeout_s: float) -> bool:
+        with self._changed:
+            self._closed = True
+            for lane in self._lanes:
+                lane.clear()
+            self._changed.notify_all()
+        end_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._lanes[0] or self._lanes[1]):
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                job = (self._lanes[0] or self._lanes[1]).popleft()
+            job()
+
+
+class Runtime:
+    """Real clock, threads and waiting."""
+
+    def __init__(self) -> None:
+        self.completions = Completions()
+
+    def now_s(self) -> float:
+        """Seconds on the clock of deadlines."""
+        return time.monotonic()
+
+    def executor(self, name: str, *, threads: int, max_queued: int) -> Executor:
+        """A new executor of its own threads."""
+        return ThreadExecutor(name, threads=threads, max_queued=max_queued)
+
+    def wait(self, timeout_s: float) -> None:
+        """Let jobs run until one completes or ``timeout_s`` has passed."""
+        self.completions.wait(timeout_s)

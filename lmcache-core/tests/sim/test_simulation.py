@@ -1,0 +1,218 @@
+"""Seeded single-thread runs of engine, tiers and file connector over a crashing disk.
+
+What must hold in every run: bytes that come back are the bytes stored under that
+identity; the disk tier never holds more than its size; no pin and no slot leaks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+
+import numpy as np
+import pytest
+from world import Crash, SimDisk, SimRuntime
+
+from lmcache_core.config import EngineConfig, TierConfig
+from lmcache_core.connectors.file import FileConnector
+from lmcache_core.engine import CacheEngine
+from lmcache_core.envelope import stored_bytes
+from lmcache_core.keys import Namespace
+from lmcache_core.layout import ChunkLayout
+from lmcache_core.memory.arena import Arena
+from lmcache_core.metrics import Metrics
+from lmcache_core.tiers.host import ChunkState
+from lmcache_core.tiers.remote import RemoteTier
+
+SEEDS = range(int(os.environ.get("LMC_SIM_SEEDS", "50")))
+PAYLOAD_BYTES = 3000
+SLOT_BYTES = stored_bytes(PAYLOAD_BYTES)
+HOST_CHUNKS, DISK_CHUNKS, CHUNK = 7, 12, 4
+LAYOUT = ChunkLayout(chunk_size=CHUNK, payload_bytes=PAYLOAD_BYTES, description=b"sim")
+TIER = TierConfig(
+    url="file:///kv", size_bytes=DISK_CHUNKS * SLOT_BYTES, max_queued=6, deadline_s=1.0
+)
+CONFIG = EngineConfig(
+    host_bytes=HOST_CHUNKS * SLOT_BYTES, tiers=(TIER,), chunk_size=CHUNK, close_timeout_s=1.0
+)
+
+
+def content(tokens: list[int]) -> np.ndarray:
+    """The only right bytes of the last chunk of ``tokens``."""
+    seed = hash(tuple(tokens)) & 0xFFFFFFFF
+    return np.random.default_rng(seed).integers(0, 256, PAYLOAD_BYTES, np.uint8)
+
+
+class CheckedPages:
+    """Writes the right bytes, and compares every byte that comes back."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def offload(self, index: int, slot: np.ndarray) -> None:
+        slot[:] = content(self.tokens[: (index + 1) * CHUNK])
+
+    def onboard(self, index: int, slot: np.ndarray) -> None:
+        assert np.array_equal(slot, content(self.tokens[: (index + 1) * CHUNK])), "wrong bytes"
+
+
+class Simulation:
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.disk = SimDisk(self.rng)
+        self.durability = self.rng.choice(["process", "host"])
+        self.restarts = self.hits = 0
+        self.engine = self.start()
+
+    def start(self) -> CacheEngine:
+        self.runtime = SimRuntime(self.rng)
+        metrics = Metrics()
+        connector = FileConnector(
+            "/kv",
+            durability=self.durability,
+            ops=self.disk,
+            clock=self.runtime.now_s,
+            pid=self.restarts + 1,
+            is_alive=lambda pid: pid == self.restarts + 1,
+        )
+        engine = CacheEngine(
+            config=CONFIG,
+            layout=LAYOUT,
+            namespace=Namespace.of({"model": "sim"}),
+            arena=Arena.create(CONFIG.host_bytes, prefault=False, warn=lambda text: None),
+            open_tiers=lambda host: [
+                RemoteTier(
+                    "disk",
+                    connector,
+                    config=TIER,
+                    host=host,
+                    layout=LAYOUT,
+                    runtime=self.runtime,
+                    metrics=metrics,
+                )
+            ],
+            runtime=self.runtime,
+            metrics=metrics,
+        )
+        engine.tiers.readable[0].recover()
+        return engine
+
+    def prompt(self) -> list[int]:
+        """Out of a small tree of shared prefixes."""
+        length = self.rng.randint(1, 4)
+        return [t for _ in range(length) for t in [self.rng.randrange(3)] * CHUNK]
+
+    def step(self) -> None:
+        self.runtime.time_s += self.rng.choice([0.0, 0.01, 0.2])
+        if self.rng.random() < 0.5:
+            self.runtime.executors[0].stalled = False
+        action = self.rng.random()
+        if action < 0.35:
+            tokens = self.prompt()
+            self.engine.store(tokens, CheckedPages(tokens))
+        elif action < 0.65:
+            tokens = self.prompt()
+            self.hits += self.engine.retrieve(tokens, CheckedPages(tokens))
+        elif action < 0.72:
+            ticket = self.engine.prefetch(self.engine.keys(self.prompt()))
+            if self.rng.random() < 0.5:
+                self.runtime.wait(0.01)
+            self.engine.release(ticket)
+        elif action < 0.90:
+            for _ in range(self.rng.randint(1, 15)):
+                self.runtime.wait(0.01)
+            self.engine.poll()
+        elif action < 0.91:
+            self.runtime.executors[0].stalled = True
+            self.runtime.time_s += self.rng.choice([0.0, 0.1, 0.1, 2.0])
+        elif action < 0.93:
+            self.break_disk_for_a_while()
+        elif action < 0.94:
+            self.engine.clear()
+        elif action < 0.985:
+            self.damage_a_file()
+        else:
+            self.crash_soon()
+        assert self.disk.peak_bytes <= TIER.size_bytes, "the disk tier was over its size"
+
+    def break_disk_for_a_while(self) -> None:
+        number = self.rng.choice([errno.EIO, errno.ENOSPC, errno.EMFILE])
+        left = self.rng.randint(1, 4)
+
+        def fault(op: str) -> None:
+            nonlocal left
+            if left and self.rng.random() < 0.5:
+                left -= 1
+                raise OSError(number, os.strerror(number))
+
+        self.disk.fault = fault
+
+    def damage_a_file(self) -> None:
+        if self.disk.names:
+            inode = self.disk.names[self.rng.choice(sorted(self.disk.names))]
+            if inode.data:
+                inode.data[self.rng.randrange(len(inode.data))] ^= 1 << self.rng.randrange(8)
+
+    def crash_soon(self) -> None:
+        left = self.rng.randint(0, 12)
+
+        def fault(op: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+
+        self.disk.fault = fault
+
+    def restart(self) -> None:
+        self.disk.crash(power=self.rng.random() < 0.5)
+        self.disk.peak_bytes = 0
+        self.restarts += 1
+        self.engine = self.start()
+
+    def settle(self) -> None:
+        self.disk.fault = lambda op: None
+        for executor in self.runtime.executors:
+            executor.stalled = False
+        for _ in range(500):
+            self.runtime.wait(0.05)
+            self.engine.poll()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            try:
+                self.step()
+            except Crash:
+                self.restart()
+        try:
+            self.settle()
+        except Crash:
+            self.restart()
+            self.settle()
+        self.check_nothing_leaked()
+
+    def check_nothing_leaked(self) -> None:
+        host, tier = self.engine.host, self.engine.tiers.readable[0]
+        chunks = [host.get(key) for key in host.keys()]
+        assert all(c is not None and c.state is ChunkState.SEALED for c in chunks)
+        assert all(c is not None and c.pins == 0 for c in chunks)
+        assert host.used_bytes == len(chunks) * SLOT_BYTES
+        assert tier.available, tier.unavailable_reason
+        assert tier.used_bytes >= self.disk.used_bytes(), "bytes on disk that nobody counts"
+        assert tier.used_bytes <= TIER.size_bytes
+        assert self.engine.close()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_life_with_crashes_is_never_wrong(seed: int) -> None:
+    simulation = Simulation(seed)
+    simulation.run(steps=250)
+
+
+def test_the_simulation_exercises_what_it_is_for() -> None:
+    runs = [Simulation(seed) for seed in range(8)]
+    for simulation in runs:
+        simulation.run(steps=250)
+    assert sum(s.restarts for s in runs) >= 8
+    assert sum(s.hits for s in runs) > 1000

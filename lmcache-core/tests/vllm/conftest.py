@@ -1,0 +1,178 @@
+"""A tiny random Llama and real vLLM engines on the CPU backend, one at a time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+collect_ignore: list[str] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = str(Path(__file__).parent)
+    for item in items:
+        if str(item.fspath).startswith(here):
+            item.add_marker(pytest.mark.vllm)
+
+
+def random_tokens(seed: int, count: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 1000) for _ in range(count)]
+
+
+def save_llama(path: Path, *, seed: int = 0) -> Path:
+    """A random Llama of 4 layers; different seeds differ in weights only."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+class Engine:
+    """An `LLM` with helpers that show what the connector did."""
+
+    def __init__(self, model: Path, extra: dict[str, Any] | None, **kwargs: Any) -> None:
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        policy = kwargs.pop("kv_load_failure_policy", "recompute")
+        options: dict[str, Any] = dict(
+            model=str(model),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=4096,
+            enable_prefix_caching=False,
+            max_num_seqs=8,
+            seed=0,
+            max_num_batched_tokens=512,
+            skip_tokenizer_init=True,
+        )
+        options.update(kwargs)
+        if extra is not None:
+            options["kv_transfer_config"] = KVTransferConfig(
+                kv_connector="LMCacheCoreConnector",
+                kv_role="kv_both",
+                kv_load_failure_policy=policy,
+                kv_connector_extra_config=extra,
+            )
+        self.llm = LLM(**options)
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def connector(self) -> Any:
+        return self.core.scheduler.connector
+
+    @property
+    def cache(self) -> Any:
+        """The `CacheEngine` behind the scheduler's connector."""
+        return self.connector.scheduler._engine
+
+    @property
+    def worker(self) -> Any:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group().worker
+
+    def run(
+        self, prompts: list[Any], max_tokens: int = 12, logprobs: int | None = None
+    ) -> list[Any]:
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            logprobs=logprobs,
+            detokenize=False,
+        )
+        return self.llm.generate(asked, params, use_tqdm=False)
+
+    def tokens(self, prompts: list[Any], max_tokens: int = 12) -> list[list[int]]:
+        return [list(o.outputs[0].token_ids) for o in self.run(prompts, max_tokens)]
+
+    def settle(self) -> None:
+        """Let confirmations and writes to lower tiers come in."""
+        import time
+
+        end = time.monotonic() + 10
+        while self.connector.has_pending_push_work() and time.monotonic() < end:
+            self.core.step()
+            time.sleep(0.001)
+        assert not self.connector.has_pending_push_work()
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def cached(output: Any) -> dict[str, int]:
+    """Tokens of an output by the tier that they came from, as the connector says."""
+    return dict(output.kv_transfer_params["lmcache"]["cached_tokens"])
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    """Start engines; all are shut down at the end, and before the next one starts."""
+    live: list[Engine] = []
+
+    def starter(model: Path, extra: dict[str, Any] | None = None, **kwargs: Any) -> Engine:
+        while live:
+            live.pop().close()
+        gc.collect()
+        engine = Engine(model, extra, **kwargs)
+        live.append(engine)
+        return engine
+
+    yield starter
+    while live:
+        live.pop().close()
+    gc.collect()
+
+
+@pytest.fixture
+def extra(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "chunk_size": 256,
+        "tiers": [
+            {"host": "256MiB"},
+            {"url": f"file://{tmp_path}/kv", "size": "512MiB"},
+        ],
+    }
