@@ -1,6 +1,6 @@
 """Hashing, lookup, and the host tier, each beside a bare loop over the same bytes.
 
-    python benchmarks/core.py [--out build/bench.json] [--rounds 15]
+python benchmarks/core.py [--out build/bench.json] [--rounds 15]
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def hashing(rounds: int) -> list[Figure]:
     figures = []
     for kind, source in (("list", tokens), ("int32", np.array(tokens, np.int32))):
         seconds = interleave(
-            {"ours": lambda s=source: hasher.digests(s), "raw": lambda s=source: bare_chain(s, b"0" * 32)},
+            {
+                "ours": lambda s=source: hasher.digests(s),
+                "raw": lambda s=source: bare_chain(s, b"0" * 32),
+            },
             rounds * 4,
         )
         ratio = paired_ratio(seconds["ours"], seconds["raw"])
@@ -127,7 +130,9 @@ def host(rounds: int) -> list[Figure]:
         # The raw copy moves the same bytes between the same two stretches of memory.
         keys_tokens = [list(range(CHUNK * chunks))]
         engine.store(keys_tokens[0], source)
-        slots = [engine.host.payload(c) for k in engine.keys(keys_tokens[0]) if (c := engine.host.get(k))]
+        slots = [
+            engine.host.payload(c) for k in engine.keys(keys_tokens[0]) if (c := engine.host.get(k))
+        ]
         assert len(slots) == chunks
 
         def store() -> None:
@@ -146,7 +151,12 @@ def host(rounds: int) -> list[Figure]:
                 np.copyto(target.data[i], slot)
 
         seconds = interleave(
-            {"store": store, "raw_store": raw_store, "retrieve": retrieve, "raw_retrieve": raw_retrieve},
+            {
+                "store": store,
+                "raw_store": raw_store,
+                "retrieve": retrieve,
+                "raw_retrieve": raw_retrieve,
+            },
             rounds,
         )
         assert np.array_equal(source.data, target.data)

@@ -29,9 +29,7 @@ class Figure:
     peer: dict[str, float] = field(default_factory=dict)
 
 
-def interleave(
-    runs: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, list[float]]:
+def interleave(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run in each round; the order turns from round to round."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -25,7 +25,8 @@ class NumpyWorker(OffloadingWorker):
             t.tensor.view(torch.int8).view(-1, t.page_size_bytes).numpy() for t in kv_caches.tensors
         ]
         self._rows = [
-            region.create_next_worker_view(p.shape[1] * blocks_per_chunk).numpy() for p in self._pages
+            region.create_next_worker_view(p.shape[1] * blocks_per_chunk).numpy()
+            for p in self._pages
         ]
         self._region = region
         self._pool = ThreadPoolExecutor(1)

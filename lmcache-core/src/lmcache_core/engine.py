@@ -54,7 +54,17 @@ class Prefetch:
     the deadline passed.  Until `CacheEngine.release` its chunks stay pinned.
     """
 
-    __slots__ = ("keys", "deadline_s", "chunks", "pending", "asking", "stop", "sources", "_engine", "closed")
+    __slots__ = (
+        "_engine",
+        "asking",
+        "chunks",
+        "closed",
+        "deadline_s",
+        "keys",
+        "pending",
+        "sources",
+        "stop",
+    )
 
     def __init__(self, engine: CacheEngine, keys: Sequence[bytes], deadline_s: float) -> None:
         self._engine = engine
@@ -157,12 +167,14 @@ class CacheEngine:
         self.tiers.tick()
         return count
 
+    def is_arriving(self, key: bytes) -> bool:
+        """Whether ``key`` is on its way to host from a lower tier."""
+        return key in self._arriving
+
     def prefetch(self, keys: Sequence[bytes], deadline_s: float | None = None) -> Prefetch:
         """Start moving the prefix ``keys`` to host; poll `Prefetch.done`, then `release`."""
         self._check_open()
-        ticket = Prefetch(
-            self, keys, deadline_s or self.now_s() + self.config.lookup_deadline_s
-        )
+        ticket = Prefetch(self, keys, deadline_s or self.now_s() + self.config.lookup_deadline_s)
         resident = self.host.prefix(keys)
         for i in range(resident):
             self._join(ticket, i)

@@ -69,7 +69,9 @@ def test_damaged_files_are_misses_and_the_answer_is_right(
     engine: Engine = start(llama, extra)
     reference = engine.tokens([PROMPT])
     engine.settle()
-    files = sorted(p for p in (tmp_path / "kv").rglob("*") if p.is_file() and p.stat().st_size > 4096)
+    files = sorted(
+        p for p in (tmp_path / "kv").rglob("*") if p.is_file() and p.stat().st_size > 4096
+    )
     assert len(files) == 2
     data = bytearray(files[0].read_bytes())
     data[len(data) // 2] ^= 1

@@ -130,9 +130,7 @@ def test_many_requests_at_once_share_a_prefix(
     assert all(c.pins == 0 for c in engine.cache.host._chunks.values())
 
 
-def test_preempted_requests_come_back_right(
-    llama: Path, start: Any, extra: dict[str, Any]
-) -> None:
+def test_preempted_requests_come_back_right(llama: Path, start: Any, extra: dict[str, Any]) -> None:
     prompts = [random_tokens(200 + i, 300) for i in range(6)]
     plain: Engine = start(llama, block_size=32)
     reference = plain.tokens(prompts, max_tokens=150)

@@ -76,9 +76,7 @@ class MemoryConnector(BatchLoop):
             yield ScanEntry(key, nbytes)
 
     def health(self, ctx: OpContext) -> Health:
-        return Health(
-            ok=True, used_bytes=self._used_bytes, total_bytes=self._size_bytes or -1
-        )
+        return Health(ok=True, used_bytes=self._used_bytes, total_bytes=self._size_bytes or -1)
 
     def close_resources(self) -> None:
         self._values.clear()

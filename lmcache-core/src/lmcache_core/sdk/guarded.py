@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class _Outcome(Generic[T]):
-    __slots__ = ("done", "value", "error")
+    __slots__ = ("done", "error", "value")
 
     def __init__(self) -> None:
         self.done = threading.Event()

@@ -43,8 +43,16 @@ class HostChunk:
     """
 
     __slots__ = (
-        "key", "parent", "offset", "payload_bytes", "state", "pins", "doomed", "origin",
-        "frame_lock", "framed",
+        "doomed",
+        "frame_lock",
+        "framed",
+        "key",
+        "offset",
+        "origin",
+        "parent",
+        "payload_bytes",
+        "pins",
+        "state",
     )  # fmt: skip
 
     def __init__(self, key: bytes, parent: bytes | None, offset: int, payload_bytes: int) -> None:

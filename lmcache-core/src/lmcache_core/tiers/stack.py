@@ -19,9 +19,7 @@ class TierStack:
         """Whether a call is in flight that is not overdue."""
         return any(tier.settling for tier in self.readable)
 
-    def residency(
-        self, keys: Sequence[bytes], done: Callable[[list[list[bool]]], None]
-    ) -> None:
+    def residency(self, keys: Sequence[bytes], done: Callable[[list[list[bool]]], None]) -> None:
         """Ask every tier for ``keys`` at once; ``done`` gets one row a tier, in order."""
         rows: list[list[bool]] = [[] for _ in self.readable]
         waiting = len(rows)

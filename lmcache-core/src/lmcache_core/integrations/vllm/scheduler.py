@@ -35,6 +35,7 @@ class _Tracked:
             the device already had when it was asked.
         offered: chunks looked at for storing, from the start.
         frozen: caches nothing more (its pages predate a reset).
+        load_failed: a load failed, so it is prefilled and not offered another.
     """
 
     request: Request
@@ -47,6 +48,7 @@ class _Tracked:
     offered: int = 0
     parked: bool = False
     frozen: bool = False
+    load_failed: bool = False
     cached_tokens: dict[str, int] = field(default_factory=dict)
 
 
@@ -70,7 +72,7 @@ class Scheduler:
         self._job_ids = itertools.count(1)
         self._storing: dict[int, tuple[list[HostChunk], int]] = {}
         self._storing_bytes = 0
-        self._loading: dict[int, tuple[Prefetch, list[bytes]]] = {}
+        self._loading: dict[int, tuple[str, Prefetch]] = {}
         self._new_loads: list[Job] = []
         self._running = 0
 
@@ -80,7 +82,9 @@ class Scheduler:
         tracked = self._track(request)
         block = self._block_size
         usable = (request.num_tokens - 1) // block * block
-        if tracked is None or tracked.frozen or request.skip_reading_prefix_cache:
+        if tracked is None or request.skip_reading_prefix_cache:
+            return 0, False
+        if tracked.frozen or tracked.load_failed:
             return 0, False
         if computed >= usable:
             self._release(tracked)
@@ -121,7 +125,7 @@ class Scheduler:
         )
         self._note_hits(tracked, ticket, matched)
         job = Job(next(self._job_ids), request.request_id, tuple(spans), tracked.parked)
-        self._loading[job.job_id] = (ticket, ticket.keys)
+        self._loading[job.job_id] = (request.request_id, ticket)
         self._new_loads.append(job)
 
     def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
@@ -159,11 +163,13 @@ class Scheduler:
                 else:
                     self._engine.commit(chunks, generation)
             elif job_id in self._loading:
-                ticket, keys = self._loading.pop(job_id)
+                req_id, ticket = self._loading.pop(job_id)
                 self._engine.release(ticket)
                 if failed:
-                    self._engine.host.drop(keys)
-                    self._count("load_failed", len(keys))
+                    self._engine.host.drop(ticket.keys)
+                    self._count("load_failed", len(ticket.keys))
+                    if (tracked := self._requests.get(req_id)) is not None:
+                        tracked.load_failed = True
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """The request ended or was aborted; what its response says about us."""
@@ -254,6 +260,9 @@ class Scheduler:
         indices: list[int] = []
         limit = self._engine.config.max_pending_store_bytes
         for i in range(tracked.offered, whole):
+            if self._engine.is_arriving(tracked.keys[i]):
+                whole = i  # decided in a later step: the fetch may yet fail
+                break
             if tracked.keys[i] in self._engine.host:
                 continue
             if self._storing_bytes + self._engine.layout.payload_bytes > limit:

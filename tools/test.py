@@ -1,0 +1,61 @@
+"""`make test`: system packages, a small environment for nox, every session, a summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / "build" / "venv-nox"
+SESSIONS = ("lint", "types", "imports", "unit", "wheels", "vllm", "demo")
+SYSTEM = {"gcc": "gcc", "make": "make"}
+
+
+def system_packages() -> None:
+    """Install what is missing through apt as root, else say what to install."""
+    missing = [package for program, package in SYSTEM.items() if shutil.which(program) is None]
+    if not any(Path("/usr").glob("lib*/**/libnuma.so.1")):
+        missing.append("libnuma1")
+    if not missing:
+        return
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        subprocess.run(["apt-get", "update", "-q"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["apt-get", "install", "-yq", *missing], check=True)
+        return
+    sys.exit(f"error: missing {', '.join(missing)}\nhint: apt-get install {' '.join(missing)}")
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    system_packages()
+    nox = VENV / "bin" / "nox"
+    if not nox.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+        pip = [str(VENV / "bin" / "pip"), "--disable-pip-version-check", "install", "-q"]
+        subprocess.run([*pip, "nox"], check=True)
+    rows: list[tuple[str, str, float]] = []
+    for session in sys.argv[1:] or SESSIONS:
+        start = time.monotonic()
+        print(f"\n=== {session}", flush=True)
+        report = ROOT / "build" / "nox.json"
+        report.unlink(missing_ok=True)
+        command = [str(nox), "-r", "-s", session, "--report", str(report)]
+        code = subprocess.run(command).returncode
+        found = json.loads(report.read_text())["sessions"] if report.exists() else []
+        results = {row["result"] for row in found}
+        state = "failed" if code else "did not run" if results <= {"skipped"} else "ok"
+        rows.append((session, state, time.monotonic() - start))
+    print("\n=== summary")
+    for session, state, seconds in rows:
+        print(f"{session:10} {state:12} {seconds:6.0f} s")
+    print("Not run here: CUDA copies and cudaHostRegister on hardware (no accelerator).")
+    return int(any(state != "ok" for _, state, _ in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
