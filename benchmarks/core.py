@@ -189,7 +189,7 @@ def host(rounds: int) -> list[Figure]:
                     method="median of (time - copyto time) per chunk, hashing included",
                 ),
             ]
-        del slots
+        slots.clear()
         engine.close()
     return figures
 

@@ -150,7 +150,8 @@ def from_mapping(values: Mapping[str, Any]) -> EngineConfig:
         lower.append(_convert(entry, TierConfig, f"tiers[{position}]"))
     if "host_bytes" in plain:
         plain["host_bytes"] = parse_size(plain["host_bytes"])
-    return msgspec.structs.replace(_convert(plain, EngineConfig, "config"), tiers=tuple(lower))
+    config: EngineConfig = _convert(plain, EngineConfig, "config")
+    return msgspec.structs.replace(config, tiers=tuple(lower))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -201,20 +201,20 @@ def _as_bytes(tokens: Sequence[int], start: int) -> memoryview:
         view = memoryview(tokens)  # type: ignore[arg-type]
     except TypeError:
         view = None
-    ids: array[int]
-    if view is not None and view.itemsize == _TOKEN_BYTES and view.format in ("I", "L"):
-        ids = array("I")
-        if view.c_contiguous and sys.byteorder == "little":
-            return view.cast("B")[start * _TOKEN_BYTES :]
-    elif view is not None and view.format in ("i", "l") and view.itemsize == _TOKEN_BYTES:
-        if view.c_contiguous and sys.byteorder == "little":
+    source: Sequence[int] = tokens
+    if view is not None:
+        if view.itemsize == 1:
+            raise _bad_token()
+        fast = view.itemsize == _TOKEN_BYTES and view.format in ("I", "L", "i", "l")
+        if fast and view.c_contiguous and sys.byteorder == "little":
             data = view.cast("B")[start * _TOKEN_BYTES :]
             # A negative id has the top bit of its last byte set.
-            if start * _TOKEN_BYTES < view.nbytes and max(data[3::4].tobytes(), default=0) > 127:
+            if view.format in ("i", "l") and max(data[3::4].tobytes(), default=0) > 127:
                 raise _bad_token()
             return data
+        source = view.tolist()
     try:
-        ids = array("I", tokens[start:])
+        ids = array("I", source[start:])
     except (OverflowError, TypeError, ValueError) as error:
         raise _bad_token() from error
     if sys.byteorder != "little":

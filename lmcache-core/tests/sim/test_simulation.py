@@ -194,7 +194,7 @@ class Simulation:
 
     def check_nothing_leaked(self) -> None:
         host, tier = self.engine.host, self.engine.tiers.readable[0]
-        chunks = [host.get(key) for key in host.keys()]
+        chunks = [host.get(key) for key in list(host.keys())]
         assert all(c is not None and c.state is ChunkState.SEALED for c in chunks)
         assert all(c is not None and c.pins == 0 for c in chunks)
         assert host.used_bytes == len(chunks) * SLOT_BYTES

@@ -78,7 +78,7 @@ def test_loaded_pages_are_the_stored_bytes(
 
     from lmcache_core.integrations.vllm.pages import CpuPages
 
-    moved: dict[str, list[bytes]] = {"offload": [], "onboard": []}
+    moved: dict[str, set[bytes]] = {"offload": set(), "onboard": set()}
     for op in ("offload", "onboard"):
         original = getattr(CpuPages, op)
 
@@ -89,16 +89,16 @@ def test_loaded_pages_are_the_stored_bytes(
             original(self, arena, spans)
             for slot, pages in self._pairs(arena, spans):
                 assert np.array_equal(slot, pages)
-                moved[op].append(pages.tobytes())
+                for layer in range(len(pages)):
+                    moved[op].update(page.tobytes() for page in pages[layer])
 
         monkeypatch.setattr(CpuPages, op, record)
     engine: Engine = start(llama, extra)
     engine.run([PROMPTS[0]])
     engine.settle()
     engine.run([PROMPTS[0]])
-    assert len(moved["onboard"]) > 0
-    stored = b"".join(sorted(moved["offload"]))
-    assert all(page in stored for page in moved["onboard"])
+    assert len(moved["onboard"]) == 4 * 10
+    assert moved["onboard"] <= moved["offload"]
 
 
 def test_a_whole_number_of_chunks_leaves_one_block_to_compute(
@@ -134,7 +134,9 @@ def test_preempted_requests_come_back_right(llama: Path, start: Any, extra: dict
     prompts = [random_tokens(200 + i, 300) for i in range(6)]
     plain: Engine = start(llama, block_size=32)
     reference = plain.tokens(prompts, max_tokens=150)
-    engine: Engine = start(llama, extra, block_size=32, num_gpu_blocks_override=45)
+    engine: Engine = start(
+        llama, extra, block_size=32, num_gpu_blocks_override=45, max_model_len=1024
+    )
     preempted = []
     scheduler = engine.core.scheduler
     original = scheduler._preempt_request

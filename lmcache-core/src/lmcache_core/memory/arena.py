@@ -121,9 +121,7 @@ class Arena:
         try:
             # The number may name another file by now: looked at before it is opened.
             if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
-                raise ArenaError(
-                    f"{path} is not an arena", op="attach", hint="ask for its ref anew"
-                )
+                raise ArenaError(f"{path} is no arena", op="attach", hint="ask for its ref anew")
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_size != ref.nbytes or ref.nbytes <= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from lmcache_core.sdk.errors import ContractViolation
 
@@ -83,7 +83,7 @@ class Lru:
             self._heap = [entry for entry in self._heap if self._is_live(entry[1])]
             heapq.heapify(self._heap)
 
-    def victims(self, evictable: Callable[[bytes], bool]) -> Iterator[bytes]:
+    def victims(self, evictable: Callable[[bytes], bool]) -> Generator[bytes, None, None]:
         """Keys to evict, oldest first; each is to be removed before the next is asked for.
 
         Only keys without resident children for which ``evictable`` is true.  A parent

@@ -8,6 +8,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 from lmcache_core.sdk.buffers import Buffer
@@ -201,6 +202,6 @@ class TargetTooSmall(Exception):
 
 def _refuse_overlap(targets: Sequence[Buffer], backend: str) -> None:
     spans = sorted((t.address, t.address + t.nbytes) for t in targets)
-    for (_, end), (start, _) in zip(spans, spans[1:]):
+    for (_, end), (start, _) in pairwise(spans):
         if start < end:
             raise ContractViolation("targets overlap", backend=backend, op="get_into")

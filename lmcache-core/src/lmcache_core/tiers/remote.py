@@ -292,8 +292,15 @@ class RemoteTier:
         self._calls[call_id] = _Call(ctx.deadline_s)
         if not self._executor.submit(job, lane):
             self.count(f"dropped_queue.{op}", width)
-            refused = [Status.FAILED] * width
-            self._runtime.completions.post(lambda: (self._calls.pop(call_id), answered(refused))[1])
+
+            def refuse() -> None:
+                del self._calls[call_id]
+                if op == "probe":
+                    self._breaker.probed(self._runtime.now_s(), ok=False)
+                else:
+                    answered([Status.FAILED] * width)
+
+            self._runtime.completions.post(refuse)
 
     def _judge(self, op: str, statuses: Sequence[Status], error: LMCacheError | None) -> None:
         if error is not None:

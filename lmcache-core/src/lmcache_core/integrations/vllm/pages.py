@@ -7,6 +7,7 @@ backend K is transposed in a page, and packed differently with AMX.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def runs(span: Span) -> Iterable[tuple[int, int, int]]:
 def _as_one(layers: list[U8]) -> list[U8]:
     """One ``[layers, blocks, page]`` view when the layers are evenly spaced in memory."""
     step = layers[1].ctypes.data - layers[0].ctypes.data if len(layers) > 1 else 0
-    even = all(b.ctypes.data - a.ctypes.data == step for a, b in zip(layers, layers[1:]))
+    even = all(b.ctypes.data - a.ctypes.data == step for a, b in pairwise(layers))
     if step <= 0 or not even or len({layer.strides for layer in layers}) != 1:
         return [layer[np.newaxis] for layer in layers]
     view: Any = np.lib.stride_tricks.as_strided(

@@ -6,9 +6,9 @@ step may overwrite ends there; a load is reported only when its last copy has re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lmcache_core.config import EngineConfig
 from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, WorkerMetadata
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     import torch
 
 
+class Pages(Protocol):
+    """The engine's pages: `CpuPages` or `DevicePages`."""
+
+    payload_bytes: int
+
+    def offload(self, arena: Arena, spans: Iterable[Span]) -> None: ...
+    def onboard(self, arena: Arena, spans: Iterable[Span]) -> None: ...
+
+
 class Worker:
     """One per worker process; called by the model runner's thread only."""
 
@@ -29,7 +38,7 @@ class Worker:
         self._block_size = block_size
         self._payload_bytes = payload_bytes
         self._arena: Arena | None = None
-        self._pages: CpuPages | None = None
+        self._pages: Pages | None = None
         self._pool = ThreadPoolExecutor(config.copy_threads, "lmc-copy")
         self._stores: dict[int, tuple[list[Future[None]], frozenset[int]]] = {}
         self._loads: dict[int, tuple[Job, list[Future[None]]]] = {}
@@ -46,14 +55,15 @@ class Worker:
         devices = {tensor.device.type for tensor in kv_caches.values()}
         blocks = self._config.chunk_size // self._block_size
         if devices == {"cpu"}:
-            self._pages = CpuPages(kv_caches, blocks)
+            pages: Pages = CpuPages(kv_caches, blocks)
         else:
             from lmcache_core.integrations.vllm.device_pages import DevicePages
 
-            self._pages = DevicePages(kv_caches, blocks)
-        if self._pages.payload_bytes != self._payload_bytes:
+            pages = DevicePages(kv_caches, blocks)
+        self._pages = pages
+        if pages.payload_bytes != self._payload_bytes:
             raise ConfigError(
-                f"a chunk has {self._pages.payload_bytes} bytes in this worker, "
+                f"a chunk has {pages.payload_bytes} bytes in this worker, "
                 f"{self._payload_bytes} by the scheduler",
                 hint="all layers must have the page size of their KV cache specification",
             )
