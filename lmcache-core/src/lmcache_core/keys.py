@@ -1,170 +1,288 @@
-"""Identity of chunks: namespace, prefix digest, stored key.  By content, never by name.
+"""Identity of chunks: namespace, prefix digest, stored key, content of weights.
 
-What can't be encoded exactly raises ConfigError, so it is not cached.
+What can't be identified raises ConfigError and is not cached.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import json
+import math
+import os
+import stat
 import struct
 import sys
+import tempfile
+import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmcache_core.content import FileDigestCache, content_digest
-from lmcache_core.sdk import ConfigError
+from lmcache_core.sdk.errors import ConfigError, ContractViolation
 
-__all__ = [
-    "ChunkHasher",
-    "FileDigestCache",
-    "KeyParts",
-    "Namespace",
-    "STORED_KEY_BYTES",
-    "canonical",
-    "content_digest",
-    "key_suffix",
-    "split_key",
-    "stored_key",
-]
-
+TAG_BYTES = 8
+DIGEST_BYTES = 32
 STORED_KEY_BYTES = 46
-_TAG_BYTES, _DIGEST_BYTES, _TOKEN_BYTES = 8, 32, 4
+
+_MAX_DEPTH = 64
+_LEN = struct.Struct("<Q")
+_ROOT_DOMAIN = b"lmc:root"
+_CHUNK_DOMAIN = b"lmc:chnk"
+_EXTRA_DOMAIN = b"lmc:chnx"
+_CONTENT_DOMAIN = b"lmc:cont"
 _SUFFIX = struct.Struct("<IH")
-_ROOT = b"lmcache/root/1\0"
-_PLAIN = b"lmc/chunk/1\0"
-_EXTRA = b"lmc/extra/1\0"
 
 
 def canonical(value: object) -> bytes:
-    """An injective encoding of None, bool, int, float, str, bytes, lists and str-keyed dicts.
+    """Injective encoding: two values have one encoding only if they are equal and of one type.
+
+    None, bool, int, float (not NaN), str, bytes, list, tuple and dict (in any order), nested
+    up to 64 deep; exact types, no subclasses.
 
     Raises:
-        ConfigError: any other type.
+        ConfigError: any other value.
     """
+    return _encode(value, 0)
+
+
+def _encode(value: object, depth: int) -> bytes:
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"an identity nested over {_MAX_DEPTH} deep", op="identity")
+    kind = type(value)
     if value is None:
         return b"n"
-    if isinstance(value, bool):
+    if kind is bool:
         return b"t" if value else b"f"
-    if isinstance(value, int):
-        return _framed(b"i", str(value).encode())
-    if isinstance(value, float):
-        return b"d" + struct.pack("<d", value)
-    if isinstance(value, str):
-        return _framed(b"s", value.encode("utf-8", "surrogatepass"))
-    if isinstance(value, bytes):
-        return _framed(b"b", value)
-    if isinstance(value, (list, tuple)):
-        return _framed(b"l", b"".join(_framed(b"e", canonical(item)) for item in value))
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        items = sorted((canonical(key), canonical(item)) for key, item in value.items())
-        return _framed(b"m", b"".join(_framed(b"k", k) + _framed(b"v", v) for k, v in items))
+    if isinstance(value, int) and kind is int:
+        body = value.to_bytes((value.bit_length() + 8) // 8, "big", signed=True)
+        return b"i" + _LEN.pack(len(body)) + body
+    if isinstance(value, float) and kind is float and not math.isnan(value):
+        return b"d" + struct.pack(">d", value)
+    if isinstance(value, str) and kind is str:
+        try:
+            body = value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"an identity with a broken string: {error}", op="identity") from None
+        return b"s" + _LEN.pack(len(body)) + body
+    if isinstance(value, bytes) and kind is bytes:
+        return b"b" + _LEN.pack(len(value)) + value
+    if isinstance(value, (list, tuple)) and kind in (list, tuple):
+        tag = b"l" if kind is list else b"u"
+        items = [_encode(item, depth + 1) for item in value]
+        return tag + _LEN.pack(len(items)) + b"".join(items)
+    if isinstance(value, dict) and kind is dict:
+        return _encode_pairs(
+            [(_encode(k, depth + 1), _encode(v, depth + 1)) for k, v in value.items()]
+        )
     raise ConfigError(
-        f"a {type(value).__name__} can't be part of an identity", hint="use plain values"
+        f"a value of type {kind.__name__} has no identity",
+        op="identity",
+        hint="give plain None, bool, int, float, str, bytes, list, tuple or dict",
     )
 
 
-def _framed(tag: bytes, body: bytes) -> bytes:
-    return tag + struct.pack("<Q", len(body)) + body
+def _encode_pairs(pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
+    return b"m" + _LEN.pack(len(pairs)) + b"".join(k + v for k, v in sorted(pairs))
 
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """What chunks belong to: one model, weights, layout, engine, tenant.
+    """Everything that chunks must have in common to be interchangeable, but the tokens.
 
     Attributes:
-        fields: the identifying facts, as they were given.
-        encoded: their canonical encoding.
-        tag: 8 bytes that stand for it in front of every stored key.
+        tag: first 8 bytes of the SHA-256 of ``encoded``.
+        encoded: canonical encoding of the fields.
+        pairs: the encoded fields, for `derive`.
     """
 
-    fields: Mapping[str, Any]
-    encoded: bytes
     tag: bytes
+    encoded: bytes
+    pairs: tuple[tuple[bytes, bytes], ...]
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Namespace:
-        """The namespace of ``fields``; see `canonical` for what they may hold."""
-        encoded = canonical(dict(fields))
-        return cls(dict(fields), encoded, hashlib.sha256(encoded).digest()[:_TAG_BYTES])
-
-    def derive(self, **extra: Any) -> Namespace:
-        """This namespace and further facts, such as a tenant's salt.
+    def of(cls, fields: Mapping[str, object]) -> Namespace:
+        """The namespace of named fields; their order does not matter.
 
         Raises:
-            ConfigError: a fact is already there.
+            ConfigError: a name is not a str, or a value has no identity.
         """
-        if taken := self.fields.keys() & extra.keys():
-            raise ConfigError(f"the namespace already has {sorted(taken)}")
-        return Namespace.of({**self.fields, **extra})
+        for name in fields:
+            if type(name) is not str:
+                raise ConfigError(f"a namespace field named {name!r}", op="identity")
+        return cls._of(tuple((canonical(k), canonical(v)) for k, v in fields.items()))
+
+    @classmethod
+    def _of(cls, pairs: tuple[tuple[bytes, bytes], ...]) -> Namespace:
+        encoded = _encode_pairs(pairs)
+        return cls(hashlib.sha256(encoded).digest()[:TAG_BYTES], encoded, tuple(sorted(pairs)))
+
+    def derive(self, **extra: object) -> Namespace:
+        """This namespace with more fields, such as a tenant's salt or a LoRA's content.
+
+        Raises:
+            ConfigError: a field is there already, or has no identity.
+        """
+        present = {name for name, _ in self.pairs}
+        for name in extra:
+            if canonical(name) in present:
+                raise ConfigError(f"the namespace has a field {name!r} already", op="identity")
+        return self._of(self.pairs + Namespace.of(extra).pairs)
 
 
 class ChunkHasher:
-    """Digests of the whole chunks of a prompt, each covering everything before it.
-
-    Thread-safe.  Token ids are Python ints, or a buffer of 4- or 8-byte integers (numpy,
-    array, memoryview); both give the same digests.
+    """Chains the digests of a prefix's chunks.  Immutable, so thread-safe.
 
     Args:
-        namespace: mixed into the root, with chunk size and algorithm.
+        namespace: what the chunks have in common.
         chunk_size: tokens in a chunk.
-        algorithm: ``sha256``, or ``blake3`` when that package is installed.
+        algorithm: ``"sha256"`` or ``"blake3"`` (an extra of the package).
+
+    Raises:
+        ConfigError: an unknown or missing algorithm, or a chunk size below 1.
+
+    Attributes:
+        root: 32-byte digest that the first chunk is chained to.
     """
+
+    __slots__ = ("_hash", "chunk_size", "namespace", "root")
 
     def __init__(
         self, namespace: Namespace, *, chunk_size: int = 256, algorithm: str = "sha256"
     ) -> None:
+        if chunk_size < 1:
+            raise ConfigError(f"chunk_size {chunk_size} is below 1", op="identity")
+        self._hash: Callable[[bytes], Any] = _hash_of(algorithm)
         self.namespace = namespace
         self.chunk_size = chunk_size
-        self._hash = _algorithm(algorithm)
-        strategy = ["fixed", chunk_size, algorithm]
-        self._root: bytes = self._hash(_ROOT + canonical([namespace.encoded, strategy])).digest()
+        identity = canonical((namespace.encoded, chunk_size, algorithm, "fixed"))
+        self.root: bytes = self._hash(_ROOT_DOMAIN + identity).digest()
 
-    def digests(
-        self, tokens: Sequence[int], extras: Mapping[int, bytes] | None = None
-    ) -> list[bytes]:
-        """One 32-byte digest for each whole chunk of ``tokens``."""
+    def digests(self, tokens: Any, extras: Mapping[int, bytes] | None = None) -> list[bytes]:
+        """Digest of every whole chunk of ``tokens``; see `extend`."""
         return self.extend([], tokens, extras)
 
     def extend(
-        self,
-        digests: list[bytes],
-        tokens: Sequence[int],
-        extras: Mapping[int, bytes] | None = None,
+        self, digests: list[bytes], tokens: Any, extras: Mapping[int, bytes] | None = None
     ) -> list[bytes]:
-        """``digests`` (of the first chunks of ``tokens``) and those of the other whole ones.
+        """Append the digests of all further whole chunks, in place.
 
         Args:
-            extras: chunk index -> what else identifies that chunk, such as the hash and the
-                position of an image.
+            digests: of the first ``len(digests)`` chunks of ``tokens``, from `extend` before.
+            tokens: all token ids from the first on: a sequence of int, or a flat buffer
+                (ndarray, array, memoryview) of 4 or 8-byte integers.
+            extras: extra identity of a chunk by its index (multimodal hashes with positions).
+
+        Returns:
+            ``digests`` itself, one 32-byte digest a chunk.
 
         Raises:
-            ConfigError: a token id is not in 0 .. 2**32 - 1.
+            ConfigError: a token id outside of 0..2**32-1, or tokens of another type.
+            ContractViolation: more digests than whole chunks.
         """
-        step = self.chunk_size * _TOKEN_BYTES
-        first = len(digests)
-        data = _as_bytes(tokens, first * self.chunk_size)
-        digest = digests[-1] if digests else self._root
-        hashed, out = self._hash, list(digests)
+        size, done = self.chunk_size, len(digests)
+        total = len(tokens) // size
+        if done >= total:
+            if done > total:
+                raise ContractViolation(f"{done} digests for {total} chunks", op="identity")
+            return digests
+        new = tokens[done * size : total * size]
+        data = _u32_bytes(new)
+        step = 4 * size
+        if data.nbytes != (total - done) * step:
+            raise ConfigError("token ids are not one flat sequence", op="identity")
+        h = self._hash
+        digest = digests[-1] if digests else self.root
+        append = digests.append
         if not extras:
-            for at in range(0, len(data) - step + 1, step):
-                digest = hashed(_PLAIN + digest + data[at : at + step]).digest()
-                out.append(digest)
-            return out
-        for index, at in enumerate(range(0, len(data) - step + 1, step), first):
-            part = data[at : at + step]
-            if (extra := extras.get(index)) is None:
-                message = _PLAIN + digest + part
+            for start in range(0, data.nbytes, step):
+                digest = h(_CHUNK_DOMAIN + digest + data[start : start + step]).digest()
+                append(digest)
+            return digests
+        for index in range(done, total):
+            start = (index - done) * step
+            message = digest + data[start : start + step]
+            extra = extras.get(index)
+            if extra is None:
+                digest = h(_CHUNK_DOMAIN + message).digest()
             else:
-                message = _EXTRA + digest + bytes(part) + hashed(extra).digest()
-            digest = hashed(message).digest()
-            out.append(digest)
-        return out
+                extra_digest = hashlib.sha256(extra).digest()
+                digest = h(_EXTRA_DOMAIN + message + extra_digest).digest()
+            append(digest)
+        return digests
+
+
+def _hash_of(algorithm: str) -> Callable[[bytes], Any]:
+    if algorithm == "sha256":
+        return hashlib.sha256
+    if algorithm != "blake3":
+        raise ConfigError(
+            f"hash_algorithm {algorithm!r} is unknown", op="identity", hint="sha256 or blake3"
+        )
+    try:
+        import blake3
+    except ImportError:
+        raise ConfigError(
+            "hash_algorithm blake3 is not installed",
+            op="identity",
+            hint="pip install 'lmcache-core[blake3]', or use sha256",
+        ) from None
+    chosen: Callable[[bytes], Any] = blake3.blake3
+    return chosen
+
+
+def _u32_bytes(tokens: Any) -> memoryview:
+    """Little-endian u32 of every token id, without a copy where the buffer has it already."""
+    try:
+        return _from_buffer(tokens) or _little(array("I", tokens))
+    except (TypeError, ValueError, OverflowError, BufferError) as error:
+        raise ConfigError(
+            f"token ids must be integers from 0 to 2**32-1: {error}", op="identity"
+        ) from None
+
+
+def _from_buffer(tokens: Any) -> memoryview | None:
+    if isinstance(tokens, (list, tuple)):
+        return None
+    try:
+        view = memoryview(tokens)
+    except TypeError:
+        return None  # another sequence of int
+    code = view.format.lstrip("@=<" if sys.byteorder == "little" else "@=")
+    if view.ndim != 1 or code not in ("i", "I", "l", "L", "q", "Q"):
+        raise ConfigError(f"token ids of {view.ndim} dimensions, format {view.format!r}")
+    if view.itemsize != 4 or not view.c_contiguous or sys.byteorder != "little":
+        # numpy converts far faster than an element at a time; it is not imported for it.
+        if hasattr(tokens, "astype") and hasattr(tokens, "min"):
+            if tokens.min() < 0 or tokens.max() >= 1 << 32:
+                raise ConfigError("a token id is outside of 0 to 2**32-1", op="identity")
+            return memoryview(tokens.astype("<u4", order="C")).cast("B")
+        return _little(array("I", view.tolist()))
+    data = view.cast("B")
+    if code in ("i", "l") and not _all_positive(tokens, data):
+        raise ConfigError("a token id is negative", op="identity")
+    return data
+
+
+def _all_positive(tokens: Any, data: memoryview) -> bool:
+    if hasattr(tokens, "min"):
+        return bool(tokens.min() >= 0)
+    return bytes(data)[3::4].isascii()  # the sign bit of every id, at the speed of C
+
+
+def _little(ids: array[int]) -> memoryview:
+    if ids.itemsize != 4:
+        raise ConfigError("this platform has no 4-byte unsigned int", op="identity")
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return memoryview(ids).cast("B")
 
 
 class KeyParts(NamedTuple):
-    """A stored key, taken apart."""
+    """The parts of a stored key."""
 
     tag: bytes
     digest: bytes
@@ -173,68 +291,191 @@ class KeyParts(NamedTuple):
 
 
 def key_suffix(shard: int, group: int) -> bytes:
-    """Last 6 bytes of a stored key: TP/PP shard (u32) and KV cache group (u16)."""
-    return _SUFFIX.pack(shard, group)
+    """Last 6 bytes of a stored key: u32 shard, u16 KV-cache group, little-endian.
+
+    Raises:
+        ContractViolation: a number does not fit.
+    """
+    try:
+        return _SUFFIX.pack(shard, group)
+    except struct.error as error:
+        raise ContractViolation(f"shard {shard}, group {group}: {error}", op="key") from None
 
 
 def stored_key(tag: bytes, digest: bytes, *, shard: int = 0, group: int = 0) -> bytes:
-    """46 bytes: namespace tag, digest, shard, group."""
+    """The 46 bytes under which a chunk is stored: tag, digest, shard, group.
+
+    Raises:
+        ContractViolation: a part has the wrong size.
+    """
+    if len(tag) != TAG_BYTES or len(digest) != DIGEST_BYTES:
+        raise ContractViolation(f"tag of {len(tag)}, digest of {len(digest)} bytes", op="key")
     return tag + digest + key_suffix(shard, group)
 
 
 def split_key(key: bytes) -> KeyParts:
-    """The parts of a stored key.
+    """The parts of ``key``; the inverse of `stored_key`.
 
     Raises:
-        ConfigError: not 46 bytes.
+        ContractViolation: it has not 46 bytes.
     """
     if len(key) != STORED_KEY_BYTES:
-        raise ConfigError(f"a stored key has {STORED_KEY_BYTES} bytes, not {len(key)}")
-    end = _TAG_BYTES + _DIGEST_BYTES
-    shard, group = _SUFFIX.unpack(key[end:])
-    return KeyParts(key[:_TAG_BYTES], key[_TAG_BYTES:end], shard, group)
+        raise ContractViolation(f"a stored key of {len(key)} bytes", op="key")
+    shard, group = _SUFFIX.unpack(key[40:])
+    return KeyParts(key[:8], key[8:40], shard, group)
 
 
-def _as_bytes(tokens: Sequence[int], start: int) -> memoryview:
-    """Token ids from ``start`` on as little-endian u32."""
+_SKIPPED = (
+    ".*",
+    "README*",
+    "LICENSE*",
+    "*.md",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template*",
+)
+"""Files that do not change a KV page."""
+_READ_BYTES = 8 << 20
+_SETTLED_NS = 2_000_000_000
+_MAX_ENTRIES = 65_536
+
+
+class FileDigestCache:
+    """Remembers the SHA-256 of files, so that weights are read once and not at every start.
+
+    An entry holds only while inode, size, mtime and ctime are unchanged.  A file changed
+    within the last 2 s is not remembered: its times can't tell a second change.  A file of
+    the cache that is broken, or that others may write, is ignored and rewritten; failing to
+    write it is not an error.  One owner thread.
+
+    Args:
+        path: JSON file, written atomically with mode 0600; None keeps it in memory.
+        now_ns: nanoseconds since the epoch.
+    """
+
+    def __init__(self, path: Path | None = None, *, now_ns: Callable[[], int] = time.time_ns):
+        self._path = path
+        self._now_ns = now_ns
+        self._entries: dict[str, list[Any]] = _load_entries(path) if path is not None else {}
+        self._dirty = False
+
+    def get(self, path: str, found: os.stat_result) -> str | None:
+        """Hex SHA-256 of the file at the real path ``path``, when ``found`` is unchanged."""
+        entry = self._entries.get(path)
+        if isinstance(entry, list) and len(entry) == 5 and entry[:4] == _stamp(found):
+            return str(entry[4])
+        return None
+
+    def put(self, path: str, found: os.stat_result, digest: str) -> None:
+        """Remember ``digest``, unless the file changed too recently."""
+        if self._now_ns() - max(found.st_ctime_ns, found.st_mtime_ns) < _SETTLED_NS:
+            return
+        self._entries.pop(path, None)
+        while len(self._entries) >= _MAX_ENTRIES:
+            del self._entries[next(iter(self._entries))]
+        self._entries[path] = [*_stamp(found), digest]
+        self._dirty = True
+
+    def save(self) -> None:
+        """Write the file, if anything changed."""
+        if self._path is None or not self._dirty:
+            return
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fd, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=".digests-")  # 0600
+            try:
+                with os.fdopen(fd, "w") as file:
+                    json.dump({"version": 1, "entries": self._entries}, file)
+                os.replace(temporary, self._path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+            self._dirty = False
+
+
+def _load_entries(path: Path) -> dict[str, list[Any]]:
     try:
-        view = memoryview(tokens)  # type: ignore[arg-type]
-    except TypeError:
-        view = None
-    source: Sequence[int] = tokens
-    if view is not None:
-        if view.itemsize == 1:
-            raise _bad_token()
-        fast = view.itemsize == _TOKEN_BYTES and view.format in ("I", "L", "i", "l")
-        if fast and view.c_contiguous and sys.byteorder == "little":
-            data = view.cast("B")[start * _TOKEN_BYTES :]
-            # A negative id has the top bit of its last byte set.
-            if view.format in ("i", "l") and max(data[3::4].tobytes(), default=0) > 127:
-                raise _bad_token()
-            return data
-        source = view.tolist()
+        with open(path, encoding="utf-8") as file:
+            found = os.fstat(file.fileno())
+            if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                return {}
+            entries = json.load(file)["entries"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _stamp(found: os.stat_result) -> list[int]:
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def content_digest(directory_or_file: Path, *, cache: FileDigestCache | None) -> str:
+    """Hex SHA-256 of the weights and config: over each file's relative name, size and SHA-256.
+
+    Symlinks are followed.  Files that do not change a KV page (README, tokenizer, chat
+    template, dotfiles, ...) are left out of a directory.
+
+    Raises:
+        ConfigError: nothing is there, a file can't be read, or one changed while it was read.
+    """
     try:
-        ids = array("I", source[start:])
-    except (OverflowError, TypeError, ValueError) as error:
-        raise _bad_token() from error
-    if sys.byteorder != "little":
-        ids.byteswap()
-    return memoryview(ids).cast("B")
+        files = _files_of(Path(directory_or_file))
+        if not files:
+            raise ConfigError(f"{directory_or_file} holds no weights", op="identity")
+        listing = []
+        for name, path in sorted(files.items()):
+            size, digest = _file_digest(path, cache)
+            listing.append((os.fsencode(name), size, digest))
+    except OSError as error:
+        raise ConfigError(
+            f"{directory_or_file} can't be identified: {error}",
+            op="identity",
+            hint="give a readable directory of weights, or a hub commit hash",
+        ) from error
+    if cache is not None:
+        cache.save()
+    return hashlib.sha256(_CONTENT_DOMAIN + canonical(listing)).hexdigest()
 
 
-def _bad_token() -> ConfigError:
-    return ConfigError("a token id is not an integer in 0 .. 2**32 - 1")
+def _files_of(top: Path) -> dict[str, str]:
+    """Relative name -> real path of the files that count."""
+    real = os.path.realpath(top, strict=True)
+    if not os.path.isdir(real):
+        return {top.name: real}
+    files: dict[str, str] = {}
+
+    def walk(directory: str, prefix: str, above: frozenset[str]) -> None:
+        for name in os.listdir(directory):
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in _SKIPPED):
+                continue
+            path = os.path.realpath(os.path.join(directory, name), strict=True)
+            if not os.path.isdir(path):
+                files[prefix + name] = path
+            elif path not in above:  # else a symlink to a directory above
+                walk(path, f"{prefix}{name}/", above | {path})
+
+    walk(real, "", frozenset({real}))
+    return files
 
 
-def _algorithm(name: str) -> Callable[..., Any]:
-    if name == "sha256":
-        return hashlib.sha256
-    if name == "blake3":
-        try:
-            from blake3 import blake3
-        except ImportError as error:
-            raise ConfigError(
-                "hash_algorithm blake3 is not installed", hint='pip install "lmcache-core[blake3]"'
-            ) from error
-        return blake3  # type: ignore[no-any-return]
-    raise ConfigError(f"unknown hash_algorithm {name!r}", hint="sha256 or blake3")
+def _file_digest(path: str, cache: FileDigestCache | None) -> tuple[int, str]:
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path} is not a regular file", op="identity")
+    known = cache.get(path, found) if cache is not None else None
+    if known is not None:
+        return found.st_size, known
+    hasher = hashlib.sha256()
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
+        after = os.fstat(file.fileno())
+    if _stamp(after) != _stamp(found):
+        raise ConfigError(f"{path} changed while it was read", op="identity", hint="try again")
+    if cache is not None:
+        cache.put(path, found, hasher.hexdigest())
+    return found.st_size, hasher.hexdigest()

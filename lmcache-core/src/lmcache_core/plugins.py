@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -264,19 +264,3 @@ def _near_hook(message: str) -> str:
     match = re.search(r"hook ['\"]?(\w+)", message)
     near = difflib.get_close_matches(match[1], _HOOKS, 1) if match else []
     return f"did you mean {near[0]}?" if near else f"hooks are {', '.join(_HOOKS)}"
-
-
-def describe(scheme: str) -> Mapping[str, Any]:
-    """What ``lmc backends`` shows of one scheme; never raises for a broken backend."""
-    ref = installed()[scheme]
-    row: dict[str, Any] = {
-        "scheme": scheme,
-        "distribution": ref.distribution,
-        "version": ref.version,
-    }
-    try:
-        info = load(scheme).info
-    except ConfigError as error:
-        return {**row, "ok": False, "error": str(error)}
-    options = [spec.name for spec in info.options]
-    return {**row, "ok": True, "name": info.name, "url": info.url_help, "options": options}

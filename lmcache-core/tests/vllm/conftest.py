@@ -156,6 +156,10 @@ def start() -> Iterator[Callable[..., Engine]]:
     def starter(model: Path, extra: dict[str, Any] | None = None, **kwargs: Any) -> Engine:
         while live:
             live.pop().close()
+        # An engine that was refused at start leaves its connector in vLLM's global.
+        from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+
+        ensure_kv_transfer_shutdown()
         gc.collect()
         engine = Engine(model, extra, **kwargs)
         live.append(engine)

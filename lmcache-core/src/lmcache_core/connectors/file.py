@@ -75,14 +75,7 @@ class FileConnector(BatchLoop):
         self._shards: set[str] = set()
         self._orphans: set[str] = set()
         self._shards_lock = threading.Lock()
-        self.capabilities = Capabilities(
-            max_concurrency=8,
-            max_batch=128,
-            max_value_bytes=1 << 40,
-            scan=True,
-            durability=Durability.HOST if self._sync else Durability.PROCESS,
-            sharing=Sharing.HOST,
-        )
+        self.capabilities = _capabilities(durability)
         self._prepare(root)
 
     def exists_one(self, key: bytes, timeout_s: float) -> bool:
@@ -212,6 +205,17 @@ class FileConnector(BatchLoop):
         return shard
 
 
+def _capabilities(durability: str) -> Capabilities:
+    return Capabilities(
+        max_concurrency=8,
+        max_batch=128,
+        max_value_bytes=1 << 40,
+        scan=True,
+        durability=Durability.HOST if durability == "host" else Durability.PROCESS,
+        sharing=Sharing.HOST,
+    )
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -253,6 +257,7 @@ def lmcache_backend_info() -> BackendInfo:
             ),
         ),
         url_help="file:///absolute/directory",
+        capabilities=_capabilities("process"),
     )
 
 

@@ -93,6 +93,7 @@ def lmcache_backend_info() -> BackendInfo:
         api_tested=API_VERSION,
         options=(OptionSpec(name="size", type=int, default=0, unit="bytes", help="0: unbounded"),),
         url_help="memory://",
+        capabilities=MemoryConnector.capabilities,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pluggy
 
 from lmcache_core.sdk.buffers import Region, ReleaseToken
+from lmcache_core.sdk.capabilities import Capabilities
 from lmcache_core.sdk.connector import RemoteConnector
 
 PROJECT = "lmcache"
@@ -59,6 +60,8 @@ class BackendInfo:
         api_tested: highest one that it was tested with.
         options: every option it understands; any other is an error.
         url_help: one line, such as ``"file:///absolute/directory"``.
+        capabilities: what a connector claims with default options, where that is known
+            without opening one.
     """
 
     name: str
@@ -68,6 +71,7 @@ class BackendInfo:
     api_tested: tuple[int, int]
     options: tuple[OptionSpec, ...] = ()
     url_help: str = ""
+    capabilities: Capabilities | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
