@@ -189,11 +189,12 @@ class ChunkHasher:
             if done > total:
                 raise ContractViolation(f"{done} digests for {total} chunks", op="identity")
             return digests
-        new = tokens[done * size : total * size]
-        data = _u32_bytes(new)
+        # No slice of the whole: it would copy a list before the conversion copies it again.
+        data = _u32_bytes(tokens[done * size :] if done else tokens)
         step = 4 * size
-        if data.nbytes != (total - done) * step:
+        if data.nbytes != 4 * (len(tokens) - done * size):
             raise ConfigError("token ids are not one flat sequence", op="identity")
+        data = data[: (total - done) * step]
         h = self._hash
         digest = digests[-1] if digests else self.root
         append = digests.append

@@ -169,11 +169,11 @@ class RemoteTier:
             result: GetResult = self.connector.get_into([chunk.key], [buffer], ctx)[0]
             if result.status is not Status.OK:
                 return [result.status]
-            reason = envelope.verify(
+            found = envelope.verify(
                 slot, key=chunk.key, layout=self._layout.fingerprint, stored_bytes=result.nbytes
             )
-            if reason:
-                verdict.append(reason)
+            if found is not envelope.Verdict.OK:
+                verdict.append(found.value)
                 return [Status.CORRUPT]
             chunk.framed = True
             return [Status.OK]

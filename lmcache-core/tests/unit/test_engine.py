@@ -1,0 +1,380 @@
+"""The cache engine over a connector that misbehaves on demand, on real threads and time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import numpy as np
+import pytest
+
+from lmcache_core.config import EngineConfig, TierConfig
+from lmcache_core.connectors.memory import MemoryConnector
+from lmcache_core.engine import CacheEngine, LookupResult
+from lmcache_core.envelope import stored_bytes
+from lmcache_core.keys import Namespace
+from lmcache_core.layout import ChunkLayout
+from lmcache_core.memory.arena import Arena
+from lmcache_core.metrics import Metrics
+from lmcache_core.sdk import (
+    BackendClosed,
+    BackendUnavailable,
+    Buffer,
+    GetResult,
+    Health,
+    OpContext,
+    Status,
+)
+from lmcache_core.tiers.remote import RemoteTier
+from lmcache_core.transfer.executor import Runtime
+
+CHUNK, PAYLOAD_BYTES = 4, 5000
+SLOT_BYTES = stored_bytes(PAYLOAD_BYTES)
+LAYOUT = ChunkLayout(chunk_size=CHUNK, payload_bytes=PAYLOAD_BYTES, description=b"unit")
+TIER = TierConfig(url="test://", deadline_s=0.2, probe_interval_s=0.1, size_bytes=0)
+
+
+class Scripted(MemoryConnector):
+    """A store that can freeze, fail, lie or abandon; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thawed = threading.Event()
+        self.thawed.set()
+        self.calls: list[tuple[str, int]] = []
+        self.raises: Exception | None = None
+        self.abandon: list[Buffer] | None = None
+        self.peak_bytes = 0
+
+    def freeze(self) -> None:
+        self.thawed.clear()
+
+    def _enter(self, op: str, width: int) -> None:
+        self.calls.append((op, width))
+        self.thawed.wait(20)
+        if self.raises is not None:
+            raise self.raises
+
+    def exists(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
+        self._enter("exists", len(keys))
+        return super().exists(keys, ctx)
+
+    def get_into(
+        self, keys: Sequence[bytes], targets: Sequence[Buffer], ctx: OpContext
+    ) -> list[GetResult]:
+        self._enter("get", len(keys))
+        if self.abandon is not None:
+            self.abandon.extend(targets)
+            return [GetResult(Status.ABANDONED)] * len(keys)
+        return super().get_into(keys, targets, ctx)
+
+    def put_from(
+        self, keys: Sequence[bytes], sources: Sequence[Buffer], ctx: OpContext
+    ) -> list[Status]:
+        self._enter("put", len(keys))
+        assert all(source.view is not None and source.view.readonly for source in sources)
+        answers = super().put_from(keys, sources, ctx)
+        self.peak_bytes = max(self.peak_bytes, self._used_bytes)
+        return answers
+
+    def health(self, ctx: OpContext) -> Health:
+        self._enter("health", 1)
+        return super().health(ctx)
+
+
+class Pages:
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.onboarded: list[bool] = []
+
+    def content(self, index: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, index])
+        return rng.integers(0, 256, PAYLOAD_BYTES, np.uint8)
+
+    def offload(self, index: int, slot: np.ndarray) -> None:
+        slot[:] = self.content(index)
+
+    def onboard(self, index: int, slot: np.ndarray) -> None:
+        self.onboarded.append(np.array_equal(slot, self.content(index)))
+
+
+Make = Callable[..., CacheEngine]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    live: list[tuple[CacheEngine, list[MemoryConnector]]] = []
+
+    def build(
+        *connectors: MemoryConnector, host_chunks: int = 8, tier: TierConfig = TIER
+    ) -> CacheEngine:
+        runtime, metrics = Runtime(), Metrics()
+        config = EngineConfig(
+            host_bytes=host_chunks * SLOT_BYTES,
+            chunk_size=CHUNK,
+            lookup_deadline_s=0.3,
+            close_timeout_s=0.3,
+        )
+        engine = CacheEngine(
+            config=config,
+            layout=LAYOUT,
+            namespace=Namespace.of({"model": "unit"}),
+            arena=Arena.create(config.host_bytes, prefault=False, warn=print),
+            open_tiers=lambda host: [
+                RemoteTier(
+                    f"t{i}",
+                    connector,
+                    config=tier,
+                    host=host,
+                    layout=LAYOUT,
+                    runtime=runtime,
+                    metrics=metrics,
+                )
+                for i, connector in enumerate(connectors)
+            ],
+            runtime=runtime,
+            metrics=metrics,
+        )
+        live.append((engine, list(connectors)))
+        return engine
+
+    yield build
+    for engine, connectors in live:
+        for connector in connectors:
+            if isinstance(connector, Scripted):
+                connector.thawed.set()
+        engine.close()
+
+
+def prompt(seed: int, chunks: int) -> list[int]:
+    return [seed * 100 + i // CHUNK for i in range(chunks * CHUNK)]
+
+
+def until(engine: CacheEngine, ready: Callable[[], bool], limit_s: float = 5.0) -> None:
+    end = time.monotonic() + limit_s
+    while not ready():
+        assert time.monotonic() < end, "it did not come to pass"
+        engine.runtime.wait(0.01)
+        engine.poll()
+
+
+def stored(engine: CacheEngine, seed: int, chunks: int) -> list[int]:
+    """Store a prompt, let it reach the lower tiers, and forget it in host."""
+    tokens = prompt(seed, chunks)
+    assert engine.store(tokens, Pages(seed)) == chunks
+    assert engine.flush(5)
+    engine.clear()
+    return tokens
+
+
+def test_what_was_stored_comes_back_from_host(make: Make) -> None:
+    engine, pages, tokens = make(), Pages(1), prompt(1, 3)
+    assert engine.store([*tokens, 1, 2], pages) == 3, "the partial last chunk is not stored"
+    assert engine.lookup(tokens) == LookupResult(12, {"host": 12})
+    assert engine.retrieve([*tokens, 9], pages) == 12
+    assert pages.onboarded == [True] * 3
+
+
+def test_lookup_asks_each_tier_once_for_all_chunks(make: Make) -> None:
+    first, second = Scripted(), Scripted()
+    engine = make(first, second)
+    tokens = stored(engine, 1, 4)
+    first.delete([engine.keys(tokens)[2]], OpContext(deadline_s=time.monotonic() + 1))
+    first.calls.clear()
+    second.calls.clear()
+    assert engine.lookup(tokens) == LookupResult(16, {"t0": 12, "t1": 4})
+    assert first.calls == second.calls == [("exists", 4)]
+
+
+def test_the_first_missing_chunk_ends_the_prefix(make: Make) -> None:
+    store = Scripted()
+    engine, pages = make(store), Pages(1)
+    tokens = stored(engine, 1, 4)
+    store.delete([engine.keys(tokens)[1]], OpContext(deadline_s=time.monotonic() + 1))
+    assert engine.retrieve(tokens, pages) == CHUNK
+    assert pages.onboarded == [True]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "other"])
+def test_a_damaged_value_is_a_miss_counted_and_removed(make: Make, damage: str) -> None:
+    store = Scripted()
+    engine, pages = make(store), Pages(1)
+    tokens = stored(engine, 1, 2)
+    keys = engine.keys(tokens)
+    value = bytearray(store._values[keys[0]])
+    if damage == "flip":
+        value[6000] ^= 4
+    elif damage == "cut":
+        del value[5000:]
+    else:
+        value = bytearray(store._values[keys[1]])
+    store._values[keys[0]] = bytes(value)
+    assert engine.retrieve(tokens, pages) == 0
+    assert pages.onboarded == []
+    assert engine.metrics.snapshot()["t0.corrupt"] == 1
+    until(engine, lambda: keys[0] not in store._values)
+
+
+def test_a_frozen_store_costs_one_deadline_and_the_next_request_nothing(make: Make) -> None:
+    store = Scripted()
+    engine, pages = make(store), Pages(1)
+    tokens = stored(engine, 1, 2)
+    store.freeze()
+    start = time.monotonic()
+    assert engine.retrieve(tokens, pages) == 0
+    assert time.monotonic() - start < 0.3 + 0.5
+    until(engine, lambda: not engine.tiers.readable[0].available, 2.0)
+    ticket = engine.prefetch(engine.keys(tokens))
+    assert ticket.done, "decided at once while the breaker is open"
+    assert ticket.hits() == []
+    engine.release(ticket)
+
+    store.thawed.set()
+    until(engine, lambda: engine.tiers.readable[0].available)
+    assert engine.retrieve(tokens, pages) == 2 * CHUNK, "it recovers by itself"
+    assert pages.onboarded == [True, True]
+
+
+def test_an_unavailable_backend_opens_the_breaker_at_once(make: Make) -> None:
+    store = Scripted()
+    engine = make(store)
+    tokens = stored(engine, 1, 1)
+    store.raises = BackendUnavailable("gone", backend="test")
+    assert engine.lookup(tokens).tokens == 0
+    assert not engine.tiers.readable[0].available
+    assert "gone" in engine.tiers.readable[0].unavailable_reason
+    assert engine.metrics.snapshot()["t0.error.BackendUnavailable"] == 1
+
+
+def test_a_foreign_exception_is_a_counted_miss(make: Make) -> None:
+    store = Scripted()
+    engine = make(store)
+    tokens = stored(engine, 1, 1)
+    store.raises = KeyError("surprise")
+    assert engine.retrieve(tokens, Pages(1)) == 0
+    assert engine.metrics.snapshot()["t0.error.LMCacheError"] >= 1
+
+
+def test_memory_of_an_abandoned_get_is_not_reused_until_released(make: Make) -> None:
+    store = Scripted()
+    engine = make(store, host_chunks=2)
+    tokens = stored(engine, 1, 1)
+    store.abandon = []
+    assert engine.retrieve(tokens, Pages(1)) == 0
+    assert engine.host.lost_bytes == SLOT_BYTES
+    assert not engine.tiers.readable[0].available
+    other = prompt(2, 2)
+    assert engine.store(other, Pages(2)) == 1, "one of two slots is lost"
+    view = store.abandon[0].view
+    assert view is not None
+    view[:] = bytes(len(view))  # the late write of native code
+    pages = Pages(2)
+    assert engine.retrieve(other, pages) == CHUNK
+    assert pages.onboarded == [True]
+    engine.released(store.abandon[0].token)
+    engine.poll()
+    assert engine.host.lost_bytes == 0
+
+
+def test_close_is_bounded_while_a_store_is_frozen(make: Make) -> None:
+    store = Scripted()
+    engine = make(store)
+    store.freeze()
+    engine.store(prompt(1, 2), Pages(1))
+    start = time.monotonic()
+    assert engine.close() is False
+    assert time.monotonic() - start < 4.0
+    with pytest.raises(BackendClosed):
+        engine.lookup(prompt(1, 1))
+
+
+def test_the_request_end_never_waits_for_lower_tiers(make: Make) -> None:
+    store = Scripted()
+    engine, pages = make(store), Pages(1)
+    store.freeze()
+    assert engine.store(prompt(1, 2), pages) == 2
+    assert engine.retrieve(prompt(1, 2), pages) == 2 * CHUNK, "host serves it meanwhile"
+    store.thawed.set()
+    assert engine.flush(5)
+    assert len(store._values) == 2
+
+
+def test_a_full_host_evicts_the_oldest_suffix_and_drops_when_all_is_pinned(make: Make) -> None:
+    engine = make(host_chunks=4)
+    engine.store(prompt(1, 3), Pages(1))
+    assert engine.pin(prompt(1, 3)) == 12
+    assert engine.store(prompt(2, 2), Pages(2)) == 1
+    assert engine.metrics.snapshot()["host.store_dropped"] == 1
+    assert engine.unpin(prompt(1, 3)) == 12
+    assert engine.store(prompt(3, 2), Pages(3)) == 2
+    left = engine.lookup(prompt(1, 3)).tokens
+    assert left in (4, 8), "the head of the chain outlives its tail"
+
+
+def test_a_store_reserved_before_a_clear_is_not_served_after(make: Make) -> None:
+    engine = make()
+    key = engine.keys(prompt(1, 1))[0]
+    generation = engine.generation
+    chunk = engine.reserve(key, None)
+    assert chunk is not None
+    engine.clear()
+    engine.commit([chunk], generation)
+    assert engine.lookup(prompt(1, 1)).tokens == 0
+    assert engine.host.used_bytes == 0
+
+
+def test_the_lower_tier_never_holds_more_than_its_size(make: Make) -> None:
+    store = Scripted()
+    engine = make(store, tier=msgspec.structs.replace(TIER, size_bytes=3 * SLOT_BYTES))
+    for seed in range(6):
+        engine.store(prompt(seed, 2), Pages(seed))
+        assert engine.flush(5)
+        until(engine, lambda: not engine.tiers.settling)
+    assert store.peak_bytes <= 3 * SLOT_BYTES
+    assert engine.tiers.readable[0].used_bytes == sum(map(len, store._values.values()))
+    assert engine.metrics.snapshot()["t0.evicted"] > 0
+
+
+def test_what_an_earlier_process_left_is_counted_and_trimmed(make: Make) -> None:
+    store = Scripted()
+    engine = make(store)
+    stored(engine, 1, 4)
+    config = msgspec.structs.replace(TIER, size_bytes=2 * SLOT_BYTES)
+    again = make(store, tier=config)
+    tier = again.tiers.readable[0]
+    tier.recover()
+    until(again, lambda: not again.tiers.settling)
+    assert tier.used_bytes == sum(map(len, store._values.values())) == 2 * SLOT_BYTES
+
+
+def test_clear_of_lower_tiers_removes_this_namespace_only(make: Make) -> None:
+    store = Scripted()
+    engine = make(store)
+    stored(engine, 1, 2)
+    store._values[b"foreign"] = b"kept"
+    engine.clear(lower_tiers=True)
+    until(engine, lambda: list(store._values) == [b"foreign"])
+
+
+def test_another_namespace_finds_nothing(make: Make) -> None:
+    engine = make()
+    engine.store(prompt(1, 2), Pages(1))
+    engine.rebase(engine.namespace.derive(tenant_salt="b"))
+    assert engine.lookup(prompt(1, 2)).tokens == 0
+
+
+def test_two_requests_for_one_prefix_fetch_it_once(make: Make) -> None:
+    store = Scripted()
+    engine = make(store)
+    keys = engine.keys(stored(engine, 1, 2))
+    store.calls.clear()
+    tickets = [engine.prefetch(keys) for _ in range(2)]
+    until(engine, lambda: all(ticket.done for ticket in tickets))
+    assert [len(ticket.hits()) for ticket in tickets] == [2, 2]
+    assert [op for op, _ in store.calls].count("get") == 2
+    for ticket in tickets:
+        engine.release(ticket)
+        engine.release(ticket)
+    assert all(engine.host.get(key).pins == 0 for key in keys)  # type: ignore[union-attr]
