@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmcache_core.keys import FileDigestCache, Namespace, content_digest
+from lmcache_core.content import FileDigestCache, content_digest
+from lmcache_core.keys import Namespace
 from lmcache_core.sdk import ConfigError
 
 if TYPE_CHECKING:
