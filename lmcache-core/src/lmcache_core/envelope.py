@@ -41,6 +41,8 @@ class Verdict(str, enum.Enum):
     HEADER_CHECKSUM = "header_checksum"
     KEY = "key"
     LAYOUT = "layout"
+    CODEC = "codec"
+    """Encoded otherwise than the reader decodes; the bytes may be whole."""
     LENGTH = "length"
     PAYLOAD_CHECKSUM = "payload_checksum"
 
@@ -177,7 +179,12 @@ def read_header(slot: memoryview) -> Header | Verdict:
 
 
 def verify(
-    slot: memoryview, *, key: bytes, layout: bytes, stored_bytes: int | None = None
+    slot: memoryview,
+    *,
+    key: bytes,
+    layout: bytes,
+    stored_bytes: int | None = None,
+    codec: str = "",
 ) -> Verdict:
     """Whether ``slot`` holds the whole, undamaged chunk of ``key`` in ``layout``.
 
@@ -186,6 +193,7 @@ def verify(
         key: the stored key that was asked for.
         layout: the fingerprint that the reader needs.
         stored_bytes: how many bytes the store gave; the whole slot when None.
+        codec: the one that the reader decodes, "" for none.
 
     Returns:
         OK, or the first thing found wrong.  Never raises on bad bytes.
@@ -200,6 +208,8 @@ def verify(
         return Verdict.KEY
     if header.layout != layout:
         return Verdict.LAYOUT
+    if header.codec != codec:
+        return Verdict.CODEC
     if have < HEADER_BYTES + header.payload_bytes:
         return Verdict.LENGTH
     if _sums(slot, header.payload_bytes) != header.sums:

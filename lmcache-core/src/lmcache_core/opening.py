@@ -27,10 +27,13 @@ def open_engine(
     config: EngineConfig,
     *,
     layout: ChunkLayout,
-    namespace: Namespace,
+    namespace: Namespace | Callable[[], Namespace],
     runtime: Runtime | None = None,
 ) -> CacheEngine:
     """An engine with its arena and every configured tier.
+
+    A ``namespace`` that takes time to know may be a function; it runs once the arena's
+    memory is being prepared.
 
     Raises:
         ConfigError: no such backend, a wrong option, a directory that can't be written,
@@ -57,6 +60,7 @@ def open_engine(
     services = _services(arena, runtime, metrics, lambda token: engines[0].released(token))
     connectors: list[tuple[str, TierConfig, RemoteConnector]] = []
     try:
+        known = namespace if isinstance(namespace, Namespace) else namespace()
         for tier in config.tiers:
             name = _tier_name(tier, [n for n, _, _ in connectors])
             connectors.append((name, tier, plugins.open_connector(tier.url, services)))
@@ -78,7 +82,7 @@ def open_engine(
     engine = CacheEngine(
         config=config,
         layout=layout,
-        namespace=namespace,
+        namespace=known,
         arena=arena,
         open_tiers=open_tiers,
         runtime=runtime,

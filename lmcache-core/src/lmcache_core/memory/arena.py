@@ -203,6 +203,13 @@ class Arena:
                 self._pinner = pinner
         return self._pinner is not None
 
+    def wait_prefaulted(self, timeout_s: float) -> bool:
+        """Block until prefaulting has ended, at most ``timeout_s``; True when it has."""
+        if self._prefault is not None:
+            self._prefault.join(timeout_s)
+            return not self._prefault.is_alive()
+        return True
+
     def close(self) -> bool:
         """Unpin, stop prefaulting, unmap and close the file.  Idempotent.
 

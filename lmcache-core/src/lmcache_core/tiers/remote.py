@@ -169,9 +169,9 @@ class RemoteTier:
             result: GetResult = self.connector.get_into([chunk.key], [buffer], ctx)[0]
             if result.status is not Status.OK:
                 return [result.status]
-            found = envelope.verify(
-                slot, key=chunk.key, layout=self._layout.fingerprint, stored_bytes=result.nbytes
-            )
+            found = envelope.Verdict.LENGTH
+            if result.nbytes == envelope.stored_bytes(chunk.payload_bytes):
+                found = envelope.verify(slot, key=chunk.key, layout=self._layout.fingerprint)
             if found is not envelope.Verdict.OK:
                 verdict.append(found.value)
                 return [Status.CORRUPT]

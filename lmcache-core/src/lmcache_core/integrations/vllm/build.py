@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
+PREFAULT_LIMIT_S = 60.0
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What both roles derive alike from the same configuration."""
@@ -100,8 +103,15 @@ def build_scheduler(
     plan: Plan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> Scheduler:
     """The scheduler's half, with its engine open."""
-    namespace = engine_namespace(vllm_config, kv_cache_config)
-    engine: CacheEngine = open_engine(plan.config, layout=plan.layout, namespace=namespace)
+    engine: CacheEngine = open_engine(
+        plan.config,
+        layout=plan.layout,
+        # Hashed while the arena is being prefaulted.
+        namespace=lambda: engine_namespace(vllm_config, kv_cache_config),
+    )
+    if plan.config.prefault:
+        # Page faults in the first requests would cost more than they do now.
+        engine.host.arena.wait_prefaulted(PREFAULT_LIMIT_S)
     logger.info(
         "KV cache: host %.1f GiB, chunks of %d tokens (%.1f MiB), tiers %s, pid %d",
         plan.config.host_bytes / (1 << 30),

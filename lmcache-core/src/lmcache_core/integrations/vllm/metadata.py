@@ -5,6 +5,7 @@ Both travel inside vLLM's own objects; they hold plain values only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -12,7 +13,31 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmcache_core.memory.arena import ArenaRef
+from lmcache_core.memory.arena import Arena, ArenaRef
+
+
+class ArenaHandle:
+    """The host tier's memory, as a worker gets it: the live arena where scheduler and worker
+    share a process, else a reference to map.  Only the reference is ever pickled."""
+
+    __slots__ = ("_live", "ref")
+
+    def __init__(self, ref: ArenaRef, live: Arena | None = None) -> None:
+        self.ref = ref
+        self._live = live
+
+    def __reduce__(self) -> tuple[type[ArenaHandle], tuple[ArenaRef]]:
+        return ArenaHandle, (self.ref,)
+
+    def attach(self, *, warn: Callable[[str], None], prefault: bool) -> tuple[Arena, bool]:
+        """The arena, and whether it is the caller's to close.
+
+        Raises:
+            ArenaError: it can't be mapped here.
+        """
+        if self._live is not None:
+            return self._live, False
+        return Arena.attach(self.ref, warn=warn, prefault=prefault), True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +76,7 @@ class StepMetadata(KVConnectorMetadata):
         fence: pages that this step may overwrite; stores that still read them end first.
     """
 
-    arena: ArenaRef
+    arena: ArenaHandle
     loads: list[Job] = field(default_factory=list)
     stores: list[Job] = field(default_factory=list)
     fence: frozenset[int] = frozenset()

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_core.engine import CacheEngine, Prefetch
 from lmcache_core.integrations.vllm.identity import RequestIdentity
-from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, WorkerMetadata
+from lmcache_core.integrations.vllm.metadata import (
+    ArenaHandle,
+    Job,
+    Span,
+    StepMetadata,
+    WorkerMetadata,
+)
 from lmcache_core.keys import ChunkHasher
 from lmcache_core.tiers.host import HostChunk
 
@@ -66,6 +72,7 @@ class Scheduler:
         self._block_size = block_size
         self._chunk_size = engine.config.chunk_size
         self._workers = workers
+        self._arena = ArenaHandle(engine.host.arena.ref, engine.host.arena)
         self._identity = RequestIdentity(engine.namespace)
         self._requests: dict[str, _Tracked] = {}
         self._refused: set[str] = set()
@@ -132,7 +139,7 @@ class Scheduler:
         """What the workers move in this step, and which pages it may overwrite."""
         self._engine.poll()
         fence = self._overwritten(output) if self._storing else frozenset()
-        meta = StepMetadata(self._engine.host.arena.ref, loads=self._new_loads, fence=fence)
+        meta = StepMetadata(self._arena, loads=self._new_loads, fence=fence)
         self._new_loads = []
         self._running = len(output.num_scheduled_tokens)
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}

@@ -38,6 +38,7 @@ class Worker:
         self._block_size = block_size
         self._payload_bytes = payload_bytes
         self._arena: Arena | None = None
+        self._owns_arena = False
         self._pages: Pages | None = None
         self._pool = ThreadPoolExecutor(config.copy_threads, "lmc-copy")
         self._stores: dict[int, tuple[list[Future[None]], frozenset[int]]] = {}
@@ -71,8 +72,8 @@ class Worker:
     def handle_step(self, meta: StepMetadata) -> None:
         """Before the forward: end stores whose pages are about to be overwritten."""
         if self._arena is None:
-            self._arena = Arena.attach(
-                meta.arena, warn=logger.warning, prefault=self._config.prefault
+            self._arena, self._owns_arena = meta.arena.attach(
+                warn=logger.warning, prefault=self._config.prefault
             )
             if self._pages is not None and not isinstance(self._pages, CpuPages):
                 self._arena.pin()
@@ -135,7 +136,7 @@ class Worker:
     def close(self) -> None:
         """End every copy, then unmap."""
         self._pool.shutdown(wait=True, cancel_futures=False)
-        if self._arena is not None:
+        if self._arena is not None and self._owns_arena:
             self._arena.close()
 
     def _settle_load(self, job: Job, futures: Sequence[Future[None]]) -> None:
