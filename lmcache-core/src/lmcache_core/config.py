@@ -37,7 +37,8 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         probe_interval_s: between two probes while the breaker is open.
         failures_to_open: failures in a row that open the breaker; a missed deadline or
             an unavailable backend opens it at once.
-        max_lost_bytes: host memory that calls which can't be cancelled may hold.
+        max_lost_bytes: host memory that calls which can't be cancelled may hold; above it
+            the tier is not used.
     """
 
     url: str
@@ -60,7 +61,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         tiers: below it, fastest first.
         chunk_size: tokens in a chunk.
         hash_algorithm: of the prefix chain.
-        store_partial_chunk: also store a last chunk that is not full.
         store_decode: also store chunks that decoding fills.
         lookup_deadline_s: how long a request may wait for tiers below host.
         max_pending_store_bytes: host memory that stores not yet confirmed may hold.
@@ -75,7 +75,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     tiers: tuple[TierConfig, ...] = ()
     chunk_size: int = 256
     hash_algorithm: Literal["sha256", "blake3"] = "sha256"
-    store_partial_chunk: bool = False
     store_decode: bool = True
     lookup_deadline_s: float = 2.0
     max_pending_store_bytes: int = 1 << 30

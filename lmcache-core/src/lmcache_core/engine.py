@@ -132,6 +132,7 @@ class CacheEngine:
         self._hasher = self._make_hasher(namespace)
         self._arriving: dict[bytes, list[tuple[Prefetch, int]]] = {}
         self._lost: dict[int, HostChunk] = {}
+        self._lent: dict[int, list[HostChunk]] = {}
         self._generation = 0
         self._demoting = 0
         self._pinned: dict[bytes, HostChunk] = {}
@@ -341,7 +342,7 @@ class CacheEngine:
         self._closed = True
         clean = self.tiers.close(1.0)
         self.poll()
-        if clean and not self._lost:
+        if clean and not (self._lost or self._lent):
             self.host.arena.close()
         return flushed and clean
 
@@ -402,6 +403,8 @@ class CacheEngine:
         """A buffer answered ABANDONED can't be touched any more; from any thread."""
 
         def settle() -> None:
+            for lent in self._lent.pop(token, ()):
+                self.host.unpin(lent)
             chunk = self._lost.pop(token, None)
             if chunk is not None:
                 self.host.found(chunk)
@@ -414,10 +417,14 @@ class CacheEngine:
                 continue
             self.host.pin(chunk)
             self._demoting += 1
-            tier.store(chunk, lambda status: self._demoted(chunk))
+            tier.store(chunk, lambda status: self._demoted(chunk, status))
 
-    def _demoted(self, chunk: HostChunk) -> None:
+    def _demoted(self, chunk: HostChunk, status: Status) -> None:
         self._demoting -= 1
+        if status is Status.ABANDONED:
+            # Native code may still read the slot: it stays pinned until it is released.
+            self._lent.setdefault(chunk.offset, []).append(chunk)
+            return
         self.host.unpin(chunk)
 
     def _make_hasher(self, namespace: Namespace) -> ChunkHasher:

@@ -75,6 +75,9 @@ class Scripted(MemoryConnector):
     ) -> list[Status]:
         self._enter("put", len(keys))
         assert all(source.view is not None and source.view.readonly for source in sources)
+        if self.abandon is not None:
+            self.abandon.extend(sources)
+            return [Status.ABANDONED] * len(keys)
         answers = super().put_from(keys, sources, ctx)
         self.peak_bytes = max(self.peak_bytes, self._used_bytes)
         return answers
@@ -276,6 +279,31 @@ def test_memory_of_an_abandoned_get_is_not_reused_until_released(make: Make) -> 
     engine.released(store.abandon[0].token)
     engine.poll()
     assert engine.host.lost_bytes == 0
+
+
+def test_memory_of_an_abandoned_put_stays_until_released(make: Make) -> None:
+    store = Scripted()
+    engine = make(store, host_chunks=1)
+    store.abandon = []
+    engine.store(prompt(1, 1), Pages(1))
+    assert engine.flush(5)
+    assert engine.store(prompt(2, 1), Pages(2)) == 0, "the slot is still lent"
+    engine.released(store.abandon[0].token)
+    engine.poll()
+    assert engine.store(prompt(2, 1), Pages(2)) == 1
+
+
+def test_a_tier_that_holds_too_much_lost_memory_is_not_used(make: Make) -> None:
+    store = Scripted()
+    engine = make(store, tier=msgspec.structs.replace(TIER, max_lost_bytes=0))
+    tokens = stored(engine, 1, 1)
+    store.abandon = []
+    engine.retrieve(tokens, Pages(1))
+    until(engine, lambda: not engine.tiers.readable[0]._breaker.is_open)
+    assert not engine.tiers.readable[0].available
+    engine.released(store.abandon[0].token)
+    engine.poll()
+    assert engine.tiers.readable[0].available
 
 
 def test_close_is_bounded_while_a_store_is_frozen(make: Make) -> None:

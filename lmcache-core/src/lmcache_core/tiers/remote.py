@@ -97,7 +97,7 @@ class RemoteTier:
     @property
     def available(self) -> bool:
         """Whether requests may use the tier now."""
-        return not self._breaker.is_open
+        return not self._breaker.is_open and self._host.lost_bytes <= self.config.max_lost_bytes
 
     @property
     def unavailable_reason(self) -> str:

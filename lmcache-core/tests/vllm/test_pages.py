@@ -1,0 +1,59 @@
+"""Pages as opaque bytes: every layout with whole pages, and both copy paths, give them back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lmcache_core.envelope import stored_bytes
+from lmcache_core.integrations.vllm.device_pages import DevicePages
+from lmcache_core.integrations.vllm.metadata import Span
+from lmcache_core.integrations.vllm.pages import CpuPages, page_view
+from lmcache_core.memory.arena import Arena
+from lmcache_core.sdk import ConfigError
+
+LAYERS, BLOCKS, HEADS, TOKENS, WIDTH = 3, 12, 2, 16, 8
+
+
+def caches(layout: str) -> dict[str, torch.Tensor]:
+    """Logical [B, H, N, C] tensors of each layer, cut from one storage in ``layout``."""
+    shape = dict(L=LAYERS, B=BLOCKS, H=HEADS, N=TOKENS, C=WIDTH)
+    storage = torch.arange(LAYERS * BLOCKS * HEADS * TOKENS * WIDTH, dtype=torch.float32)
+    physical = storage.view([shape[axis] for axis in layout])
+    logical = physical.permute([layout.index(axis) for axis in "LBHNC"])
+    return {f"layer.{i}": logical[i] for i in range(LAYERS)}
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
+@pytest.mark.parametrize("kind", [CpuPages, DevicePages])
+def test_pages_go_out_and_come_back(layout: str, kind: type) -> None:
+    source, target = caches(layout), {k: torch.zeros_like(v) for k, v in caches(layout).items()}
+    per_chunk = 4
+    out, back = kind(source, per_chunk), kind(target, per_chunk)
+    slot_bytes = stored_bytes(out.payload_bytes)
+    arena = Arena.create(2 * slot_bytes, prefault=False, warn=print)
+    away = [Span(0, 0, (3, 4, 5, 9)), Span(slot_bytes, 0, (0, 11, 2, 1))]
+    home = [Span(0, 1, (7, 6)), Span(slot_bytes, 0, (1, 2, 3, 4))]
+    out.offload(arena, away)
+    back.onboard(arena, home)
+    want = {7: 4, 6: 5, 1: 0, 2: 11, 3: 2, 4: 1}
+    for name, tensor in target.items():
+        for block in range(BLOCKS):
+            original = source[name][want[block]] if block in want else torch.zeros_like(tensor[0])
+            assert torch.equal(tensor[block], original), (name, block)
+
+
+@pytest.mark.parametrize("layout", ["LHBNC", "BHLNC"])
+def test_layouts_without_whole_pages_are_refused(layout: str) -> None:
+    with pytest.raises(ConfigError, match="not contiguous"):
+        CpuPages(caches(layout), 4)
+
+
+def test_a_page_view_is_no_copy() -> None:
+    tensor = caches("LBHNC")["layer.1"]
+    view = page_view(tensor, "layer.1")
+    view[2] = 0
+    assert not tensor[2].any()
+    assert view.shape == (BLOCKS, HEADS * TOKENS * WIDTH * 4)
+    assert np.shares_memory(view.numpy(), tensor.numpy())
