@@ -29,12 +29,17 @@ class Figure:
     peer: dict[str, float] = field(default_factory=dict)
 
 
-def interleave(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round; the order turns from round to round."""
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    prepare: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, ``prepare`` before each untimed; the order turns."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            prepare()
             start = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - start)
