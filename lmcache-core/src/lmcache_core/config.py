@@ -169,6 +169,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _convert(values: Mapping[str, Any], kind: type[Any], where: str) -> Any:
     known = [field.name for field in msgspec.structs.fields(kind)]
+    known += ["size"] if kind is TierConfig else ["tiers"]
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)

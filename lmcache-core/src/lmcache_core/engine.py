@@ -19,6 +19,7 @@ from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
 from lmcache_core.planner import plan
+from lmcache_core.prefetch import Prefetch
 from lmcache_core.sdk import BackendClosed, ConfigError, Status
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.remote import RemoteTier
@@ -45,53 +46,6 @@ class LookupResult:
 
     tokens: int
     tokens_by_tier: dict[str, int] = field(default_factory=dict)
-
-
-class Prefetch:
-    """A prefix on its way to the host tier.
-
-    ``done`` turns True when the prefix is decided: everything arrived, a chunk missed, or
-    the deadline passed.  Until `CacheEngine.release` its chunks stay pinned.
-    """
-
-    __slots__ = (
-        "_engine",
-        "asking",
-        "chunks",
-        "closed",
-        "deadline_s",
-        "keys",
-        "pending",
-        "sources",
-        "stop",
-    )
-
-    def __init__(self, engine: CacheEngine, keys: Sequence[bytes], deadline_s: float) -> None:
-        self._engine = engine
-        self.keys = list(keys)
-        self.deadline_s = deadline_s
-        self.chunks: list[HostChunk | None] = [None] * len(keys)
-        self.pending: set[int] = set()
-        self.asking = False
-        self.stop = len(keys)
-        self.sources: dict[bytes, str] = {}
-        self.closed = False
-
-    @property
-    def done(self) -> bool:
-        """Whether `hits` is final.  Never blocks."""
-        if not (self.asking or self.pending):
-            return True
-        return self._engine.now_s() >= self.deadline_s
-
-    def hits(self) -> list[HostChunk]:
-        """The contiguous prefix that is in host now, pinned."""
-        found: list[HostChunk] = []
-        for chunk in self.chunks[: self.stop]:
-            if chunk is None:
-                break
-            found.append(chunk)
-        return found
 
 
 class CacheEngine:
@@ -175,7 +129,8 @@ class CacheEngine:
     def prefetch(self, keys: Sequence[bytes], deadline_s: float | None = None) -> Prefetch:
         """Start moving the prefix ``keys`` to host; poll `Prefetch.done`, then `release`."""
         self._check_open()
-        ticket = Prefetch(self, keys, deadline_s or self.now_s() + self.config.lookup_deadline_s)
+        until_s = deadline_s or self.now_s() + self.config.lookup_deadline_s
+        ticket = Prefetch(keys, deadline_s=until_s, now_s=self.runtime.now_s)
         resident = self.host.prefix(keys)
         for i in range(resident):
             self._join(ticket, i)

@@ -17,7 +17,6 @@ from lmcache_core import envelope
 from lmcache_core.config import TierConfig
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.metrics import Metrics
-from lmcache_core.policy.lru import Lru
 from lmcache_core.sdk import (
     BackendClosed,
     BackendUnavailable,
@@ -32,6 +31,7 @@ from lmcache_core.sdk import (
     SupportsScan,
 )
 from lmcache_core.tiers.host import HostChunk, HostTier
+from lmcache_core.tiers.quota import Quota
 from lmcache_core.transfer.breaker import Breaker
 from lmcache_core.transfer.executor import Lane, Runtime
 
@@ -81,13 +81,8 @@ class RemoteTier:
         )
         self._calls: dict[int, _Call] = {}
         self._call_ids = itertools.count()
-        self._sizes: dict[bytes, int] = {}
-        self._lru = Lru()
-        self._leaving: set[bytes] = set()
-        self._leaving_bytes = 0
-        self._writing: set[bytes] = set()
+        self._quota = Quota(config.size_bytes)
         self._waiting: deque[tuple[HostChunk, int, Callable[[Status], None]]] = deque()
-        self.used_bytes = 0
         self._max_batch = max(1, min(connector.capabilities.max_batch, 128))
 
     def count(self, event: str, amount: int = 1) -> None:
@@ -109,6 +104,11 @@ class RemoteTier:
         """Whether a call is in flight that is not overdue."""
         return any(not call.overdue for call in self._calls.values())
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that are or may be on the store, as far as we know."""
+        return self._quota.used_bytes
+
     def recover(self) -> None:
         """Learn what an earlier process left, with its sizes; blocks; called at open."""
         if not isinstance(self.connector, SupportsScan) or not self.connector.capabilities.scan:
@@ -118,15 +118,12 @@ class RemoteTier:
             self.connector.scan(b"", ctx), key=lambda entry: entry.used_at_s
         )
         for entry in entries:
-            self._sizes[entry.key] = entry.nbytes
-            self._lru.add(entry.key, None)
-            self.used_bytes += entry.nbytes
-        if self.config.size_bytes:
-            self._evict(0)
+            self._quota.found(entry.key, entry.nbytes)
+        self._evict(0)
 
     def holds(self, key: bytes) -> bool:
         """Whether we know ``key`` to be stored here; a hint."""
-        return key in self._sizes
+        return key in self._quota
 
     def exists(self, keys: Sequence[bytes], done: Callable[[list[bool]], None]) -> None:
         """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order."""
@@ -182,9 +179,9 @@ class RemoteTier:
             status = statuses[0]
             if status is Status.OK:
                 chunk.origin = self.name
-                self._touch(chunk.key)
+                self._quota.touch(chunk.key)
             elif status is Status.MISS:
-                self._left([chunk.key])
+                self._quota.forget([chunk.key])
             elif status in (Status.CORRUPT, Status.SIZE_MISMATCH):
                 self.count("corrupt")
                 self.count(f"corrupt.{verdict[0] if verdict else status.value}")
@@ -203,7 +200,7 @@ class RemoteTier:
         if not self.available:
             self.count("dropped_breaker")
             done(Status.FAILED)
-        elif chunk.key in self._sizes:
+        elif chunk.key in self._quota:
             self._put(chunk, nbytes, done)
         elif len(self._waiting) >= self.config.max_queued:
             self.count("dropped_queue.put")
@@ -216,8 +213,7 @@ class RemoteTier:
         """Remove ``keys`` in the background; their room is free once that is confirmed."""
         for start in range(0, len(keys), self._max_batch):
             batch = list(keys[start : start + self._max_batch])
-            for key in batch:
-                self._leave(key)
+            self._quota.delete_started(batch)
             self._call(
                 "delete",
                 Lane.STORE,
@@ -228,7 +224,7 @@ class RemoteTier:
 
     def keys_of(self, tag: bytes) -> list[bytes]:
         """Known keys of one namespace tag."""
-        return [key for key in self._sizes if key.startswith(tag)]
+        return self._quota.keys_of(tag)
 
     def tick(self) -> None:
         """Notice overdue calls and run a due probe; called in every poll."""
@@ -349,9 +345,9 @@ class RemoteTier:
             return self.connector.put_from([chunk.key], [buffer], ctx)
 
         def answered(statuses: list[Status]) -> None:
-            self._writing.discard(chunk.key)
-            if statuses[0] is Status.OK:
-                self._lru.add(chunk.key, chunk.parent)
+            ok = statuses[0] is Status.OK
+            self._quota.put_ended(chunk.key, chunk.parent, ok=ok)
+            if ok:
                 self.count("stored")
                 self.count("stored_bytes", nbytes)
             else:
@@ -359,69 +355,36 @@ class RemoteTier:
                 self.delete([chunk.key])
             done(statuses[0])
 
-        self._writing.add(chunk.key)
+        self._quota.put_started(chunk.key, nbytes)
         self._call("put", Lane.STORE, 1, run, answered)
 
     def _pump(self) -> None:
         """Start the waiting puts that fit; have older chunks deleted for the others."""
-        limit = self.config.size_bytes
         while self._waiting:
             chunk, nbytes, done = self._waiting[0]
-            if limit and self.used_bytes + nbytes > limit:
-                if self.available and nbytes <= limit:
+            if not self._quota.fits(nbytes):
+                if self.available and nbytes <= self.config.size_bytes:
                     self._evict(sum(item[1] for item in self._waiting))
-                    if self._leaving:
+                    if self._quota.has_leaving:
                         return
                 self._waiting.popleft()
                 self.count("dropped_full")
                 done(Status.REJECTED)
                 continue
             self._waiting.popleft()
-            self._sizes[chunk.key] = nbytes
-            self.used_bytes += nbytes
             self._put(chunk, nbytes, done)
 
     def _evict(self, nbytes: int) -> None:
-        surplus = self.used_bytes - self._leaving_bytes + nbytes - self.config.size_bytes
-        victims: list[bytes] = []
-        candidates = self._lru.victims(lambda key: True)
-        while surplus > 0 and (key := next(candidates, None)) is not None:
-            surplus -= self._sizes[key]
-            self._lru.remove(key)
-            victims.append(key)
-        candidates.close()
-        self.count("evicted", len(victims))
-        self.delete(victims)
-
-    def _leave(self, key: bytes) -> None:
-        if key in self._lru:
-            self._lru.remove(key)
-        if key in self._sizes and key not in self._leaving:
-            self._leaving.add(key)
-            self._leaving_bytes += self._sizes[key]
+        victims = self._quota.choose_victims(nbytes)
+        if victims:
+            self.count("evicted", len(victims))
+            self.delete(victims)
 
     def _deleted(self, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
         gone = [key for key, status in zip(keys, statuses) if status is Status.OK]
-        for key in keys:
-            if key in self._leaving:
-                self._leaving.remove(key)
-                self._leaving_bytes -= self._sizes[key]
-                self._lru.add(key, None)
-        self._left(gone)
+        self._quota.delete_ended(keys, gone)
         if len(gone) < len(keys) and self._waiting:
             _, _, done = self._waiting.popleft()
             self.count("dropped_full")
             done(Status.REJECTED)
         self._pump()
-
-    def _left(self, keys: Sequence[bytes]) -> None:
-        for key in keys:
-            if key in self._leaving or key in self._writing:
-                continue
-            if key in self._lru:
-                self._lru.remove(key)
-            self.used_bytes -= self._sizes.pop(key, 0)
-
-    def _touch(self, key: bytes) -> None:
-        if key in self._lru:
-            self._lru.touch([key])

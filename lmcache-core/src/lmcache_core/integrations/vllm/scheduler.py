@@ -12,7 +12,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmcache_core.engine import CacheEngine, Prefetch
+from lmcache_core.engine import CacheEngine
 from lmcache_core.integrations.vllm.identity import RequestIdentity
 from lmcache_core.integrations.vllm.metadata import (
     ArenaHandle,
@@ -22,6 +22,7 @@ from lmcache_core.integrations.vllm.metadata import (
     WorkerMetadata,
 )
 from lmcache_core.keys import ChunkHasher
+from lmcache_core.prefetch import Prefetch
 from lmcache_core.tiers.host import HostChunk
 
 if TYPE_CHECKING:

@@ -1,0 +1,108 @@
+"""What a tier holds and how much room it has: pure bookkeeping, no I/O.
+
+A key counts from the moment its put starts until its delete is confirmed, so the sum never
+understates what is on the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lmcache_core.policy.lru import Lru
+
+
+class Quota:
+    """Sizes, recency and pending deletes of one tier.  Owner thread only.
+
+    Args:
+        limit_bytes: most bytes to hold; 0 is no limit.
+
+    Attributes:
+        used_bytes: of every key that is or may be on the store.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self._sizes: dict[bytes, int] = {}
+        self._lru = Lru()
+        self._leaving: set[bytes] = set()
+        self._leaving_bytes = 0
+        self._writing: set[bytes] = set()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._sizes
+
+    @property
+    def has_leaving(self) -> bool:
+        """Whether deletes are pending."""
+        return bool(self._leaving)
+
+    def keys_of(self, tag: bytes) -> list[bytes]:
+        """Held keys that start with ``tag``."""
+        return [key for key in self._sizes if key.startswith(tag)]
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether ``nbytes`` more may be put now."""
+        return not self.limit_bytes or self.used_bytes + nbytes <= self.limit_bytes
+
+    def found(self, key: bytes, nbytes: int) -> None:
+        """``key`` was on the store already; call in order of last use, oldest first."""
+        self._sizes[key] = nbytes
+        self.used_bytes += nbytes
+        self._lru.add(key, None)
+
+    def put_started(self, key: bytes, nbytes: int) -> None:
+        """Count ``key``; a key that is held keeps its size."""
+        if key not in self._sizes:
+            self._sizes[key] = nbytes
+            self.used_bytes += nbytes
+        self._writing.add(key)
+
+    def put_ended(self, key: bytes, parent: bytes | None, *, ok: bool) -> None:
+        """The put has settled; one that is not OK is in doubt and to be deleted."""
+        self._writing.discard(key)
+        if ok:
+            self._lru.add(key, parent)
+
+    def choose_victims(self, nbytes: int) -> list[bytes]:
+        """Oldest keys whose deletes, with those pending, make room for ``nbytes``."""
+        if not self.limit_bytes:
+            return []
+        surplus = self.used_bytes - self._leaving_bytes + nbytes - self.limit_bytes
+        victims: list[bytes] = []
+        candidates = self._lru.victims(lambda key: True)
+        while surplus > 0 and (key := next(candidates, None)) is not None:
+            surplus -= self._sizes[key]
+            self._lru.remove(key)
+            victims.append(key)
+        candidates.close()
+        return victims
+
+    def delete_started(self, keys: Iterable[bytes]) -> None:
+        """``keys`` are leaving; they count until that is confirmed."""
+        for key in keys:
+            self._lru.remove(key)
+            if key in self._sizes and key not in self._leaving:
+                self._leaving.add(key)
+                self._leaving_bytes += self._sizes[key]
+
+    def delete_ended(self, keys: Sequence[bytes], gone: Sequence[bytes]) -> None:
+        """Of ``keys`` those in ``gone`` are off the store; the others stay, and count."""
+        for key in keys:
+            if key in self._leaving:
+                self._leaving.remove(key)
+                self._leaving_bytes -= self._sizes[key]
+                self._lru.add(key, None)
+        self.forget(gone)
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """``keys`` are not on the store, unless a put or delete of them is under way."""
+        for key in keys:
+            if key not in self._leaving and key not in self._writing:
+                self._lru.remove(key)
+                self.used_bytes -= self._sizes.pop(key, 0)
+
+    def touch(self, key: bytes) -> None:
+        """``key`` was used."""
+        self._lru.touch([key])
