@@ -47,13 +47,7 @@ def imports(session: nox.Session) -> None:
 def unit(session: nox.Session) -> None:
     """Unit, property, simulation, crash and conformance tests; no engine."""
     install_local(session, "pytest", "hypothesis")
-    session.run(
-        "pytest",
-        "lmcache-core/tests",
-        "conformance/tests",
-        "--ignore=lmcache-core/tests/vllm",
-        *session.posargs,
-    )
+    session.run("pytest", "--ignore=lmcache-core/tests/vllm", *session.posargs)
 
 
 @nox.session(python=PYTHON)
