@@ -166,8 +166,10 @@ class CacheEngine:
         if missing and self.tiers.readable:
             self.tiers.residency(missing, answer.append)
             self._wait(lambda: bool(answer), self.config.lookup_deadline_s)
-        for tier in plan(answer[0]) if answer else ():
-            name = self.tiers.readable[tier].name
+        names = ["host", *(tier.name for tier in self.tiers.readable)]
+        rows = [self._resident(missing), *(answer[0] if answer else ())]
+        for tier in plan(rows):
+            name = names[tier]
             by_tier[name] = by_tier.get(name, 0) + size
         return LookupResult(sum(by_tier.values()), by_tier)
 
@@ -307,11 +309,14 @@ class CacheEngine:
             self.host.pin(chunk)
             ticket.chunks[index] = chunk
 
+    def _resident(self, keys: Sequence[bytes]) -> list[bool]:
+        return [self.host.get(key) is not None for key in keys]
+
     def _fetch(self, ticket: Prefetch, first: int, rows: list[list[bool]]) -> None:
         ticket.asking = False
         if ticket.closed or self._closed:
             return
-        chosen = plan(rows)
+        chosen = plan([self._resident(ticket.keys[first:]), *rows])
         ticket.stop = first + len(chosen)
         for index, tier in enumerate(chosen, first):
             key = ticket.keys[index]
@@ -327,7 +332,7 @@ class CacheEngine:
                     ticket.stop = index
                     break
                 waiting = self._arriving[key] = []
-                self._start_fetch(chunk, self.tiers.readable[tier])
+                self._start_fetch(chunk, self.tiers.readable[max(0, tier - 1)])
             waiting.append((ticket, index))
             ticket.pending.add(index)
 

@@ -200,6 +200,20 @@ def test_the_first_missing_chunk_ends_the_prefix(make: Make) -> None:
     assert pages.onboarded == [True]
 
 
+def test_a_prefix_may_alternate_between_host_and_lower_tiers(make: Make) -> None:
+    store = Scripted()
+    engine, pages = make(store), Pages(1)
+    tokens = prompt(1, 4)
+    engine.store(tokens, pages)
+    assert engine.flush(5)
+    keys = engine.keys(tokens)
+    engine.host.drop([keys[0], keys[2]])
+    store.delete([keys[1], keys[3]], OpContext(deadline_s=time.monotonic() + 1))
+    assert engine.lookup(tokens) == LookupResult(16, {"t0": 8, "host": 8})
+    assert engine.retrieve(tokens, pages) == 16
+    assert pages.onboarded == [True] * 4
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "other"])
 def test_a_damaged_value_is_a_miss_counted_and_removed(make: Make, damage: str) -> None:
     store = Scripted()

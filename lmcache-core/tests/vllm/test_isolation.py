@@ -172,3 +172,27 @@ def test_a_hybrid_model_is_refused_with_the_reason(
     Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
     with pytest.raises(ConfigError, match="KV cache groups"):
         start(tmp_path / "gemma", extra)
+
+
+def test_chunks_computed_on_top_of_a_failed_load_are_never_stored(
+    llama: Path, start: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmcache_core.integrations.vllm.pages import CpuPages
+
+    longer = PROMPT + random_tokens(12, 900)
+    plain: Engine = start(llama, max_num_batched_tokens=2048)
+    reference = plain.tokens([longer])
+    engine: Engine = start(llama, {**extra, "load": "sync"}, max_num_batched_tokens=2048)
+    engine.run([PROMPT])
+    engine.settle()
+
+    def broken(self: CpuPages, arena: Any, spans: Any) -> None:
+        raise OSError("the copy failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuPages, "onboard", broken)
+        assert engine.tokens([longer]) == reference
+    engine.settle()
+    again = engine.run([longer])[0]
+    assert [list(again.outputs[0].token_ids)] == reference
+    assert again.num_cached_tokens == 1536, "what was recomputed was stored after all"

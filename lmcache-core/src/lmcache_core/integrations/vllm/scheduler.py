@@ -80,6 +80,7 @@ class Scheduler:
         self._job_ids = itertools.count(1)
         self._storing: dict[int, tuple[list[HostChunk], int]] = {}
         self._storing_bytes = 0
+        self._distrusted: set[int] = set()
         self._loading: dict[int, tuple[str, Prefetch]] = {}
         self._new_loads: list[Job] = []
         self._running = 0
@@ -160,24 +161,11 @@ class Scheduler:
         report = output.kv_connector_worker_meta
         if not isinstance(report, WorkerMetadata):
             return
-        for job_id in report.done.keys() | report.failed.keys():
-            failed = report.failed.get(job_id, 0) > 0
-            if job_id in self._storing:
-                chunks, generation = self._storing.pop(job_id)
-                self._storing_bytes -= len(chunks) * self._engine.layout.payload_bytes
-                if failed:
-                    self._engine.abort(chunks)
-                    self._count("store_failed", len(chunks))
-                else:
-                    self._engine.commit(chunks, generation)
-            elif job_id in self._loading:
-                req_id, ticket = self._loading.pop(job_id)
-                self._engine.release(ticket)
-                if failed:
-                    self._engine.host.drop(ticket.keys)
-                    self._count("load_failed", len(ticket.keys))
-                    if (tracked := self._requests.get(req_id)) is not None:
-                        tracked.load_failed = True
+        ended = report.done.keys() | report.failed.keys()
+        for job_id in sorted(ended & self._loading.keys()):
+            self._loaded(job_id, failed=report.failed.get(job_id, 0) > 0)
+        for job_id in sorted(ended & self._storing.keys()):
+            self._stored(job_id, failed=report.failed.get(job_id, 0) > 0)
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """The request ended or was aborted; what its response says about us."""
@@ -211,6 +199,29 @@ class Scheduler:
         for tracked in self._requests.values():
             self._release(tracked)
         self._engine.close()
+
+    def _loaded(self, job_id: int, *, failed: bool) -> None:
+        req_id, ticket = self._loading.pop(job_id)
+        self._engine.release(ticket)
+        if not failed:
+            return
+        self._count("load_failed", len(ticket.keys))
+        self._engine.host.drop(ticket.keys)
+        # Steps since then may have computed on pages that were never filled.
+        self._distrusted.update(store for store in self._storing if store > job_id)
+        for tracked in self._requests.values():
+            tracked.offered = 0
+            tracked.load_failed |= tracked.request.request_id == req_id
+
+    def _stored(self, job_id: int, *, failed: bool) -> None:
+        chunks, generation = self._storing.pop(job_id)
+        self._storing_bytes -= len(chunks) * self._engine.layout.payload_bytes
+        if failed or job_id in self._distrusted:
+            self._distrusted.discard(job_id)
+            self._engine.abort(chunks)
+            self._count("store_failed", len(chunks))
+        else:
+            self._engine.commit(chunks, generation)
 
     def _track(self, request: Request) -> _Tracked | None:
         req_id = request.request_id
