@@ -202,13 +202,17 @@ class Scheduler:
 
     def _loaded(self, job_id: int, *, failed: bool) -> None:
         req_id, ticket = self._loading.pop(job_id)
+        loaded = [chunk.key for chunk in ticket.hits()]
         self._engine.release(ticket)
         if not failed:
             return
-        self._count("load_failed", len(ticket.keys))
-        self._engine.host.drop(ticket.keys)
+        self._count("load_failed", len(loaded))
+        self._engine.host.drop(loaded)
         # Steps since then may have computed on pages that were never filled.
-        self._distrusted.update(store for store in self._storing if store > job_id)
+        for store, (chunks, _) in self._storing.items():
+            if store > job_id:
+                self._distrusted.add(store)
+                self._engine.host.drop(chunk.key for chunk in chunks)
         for tracked in self._requests.values():
             tracked.offered = 0
             tracked.load_failed |= tracked.request.request_id == req_id
