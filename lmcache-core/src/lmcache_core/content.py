@@ -23,12 +23,17 @@ _SKIPPED = (
     "README*",
     "LICENSE*",
     "*.md",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
-    "vocab.*",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "generation_config.json",
-    "chat_template*",
+    "chat_template.json",
+    "chat_template.jinja",
 )
 """Files that do not change a KV page."""
 _READ_BYTES = 8 << 20
@@ -122,7 +127,7 @@ def content_digest(directory_or_file: Path, *, cache: FileDigestCache | None) ->
         for name, path in sorted(files.items()):
             size, digest = _file_digest(path, cache)
             listing.append((os.fsencode(name), size, digest))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{directory_or_file} can't be identified: {error}",
             op="identity",

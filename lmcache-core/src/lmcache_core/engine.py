@@ -126,11 +126,19 @@ class CacheEngine:
         """Whether ``key`` is on its way to host from a lower tier."""
         return key in self._arriving
 
-    def prefetch(self, keys: Sequence[bytes], deadline_s: float | None = None) -> Prefetch:
-        """Start moving the prefix ``keys`` to host; poll `Prefetch.done`, then `release`."""
+    def prefetch(
+        self,
+        keys: Sequence[bytes],
+        deadline_s: float | None = None,
+        parent: bytes | None = None,
+    ) -> Prefetch:
+        """Start moving ``keys`` to host; poll `Prefetch.done`, then `release`.
+
+        ``keys`` is a prefix, or the rest of one whose last earlier chunk is ``parent``.
+        """
         self._check_open()
         until_s = deadline_s or self.now_s() + self.config.lookup_deadline_s
-        ticket = Prefetch(keys, deadline_s=until_s, now_s=self.runtime.now_s)
+        ticket = Prefetch(keys, parent, deadline_s=until_s, now_s=self.runtime.now_s)
         resident = self.host.prefix(keys)
         for i in range(resident):
             self._join(ticket, i)
@@ -325,7 +333,7 @@ class CacheEngine:
                 continue
             waiting = self._arriving.get(key)
             if waiting is None:
-                parent = ticket.keys[index - 1] if index else None
+                parent = ticket.keys[index - 1] if index else ticket.parent
                 chunk = self.host.reserve(key, parent, self.layout.payload_bytes)
                 if chunk is None:
                     self.metrics.counter("host.prefetch_no_room").inc()

@@ -1,4 +1,4 @@
-"""Identity of chunks: namespace, prefix digest, stored key, content of weights.
+"""Identity of chunks: namespace, prefix digest, stored key.
 
 What can't be identified raises ConfigError and is not cached.
 """

@@ -15,6 +15,7 @@ class Prefetch:
 
     Attributes:
         keys: of the prefix, in order; ``chunks`` has the pinned chunk of each, or None.
+        parent: key of the chunk before the first, if any.
         pending: indices whose fetch has not settled.
         asking: the tiers have not yet said what they hold.
         stop: chunks from this index on will not come.
@@ -29,16 +30,23 @@ class Prefetch:
         "closed",
         "deadline_s",
         "keys",
+        "parent",
         "pending",
         "sources",
         "stop",
     )
 
     def __init__(
-        self, keys: Sequence[bytes], *, deadline_s: float, now_s: Callable[[], float]
+        self,
+        keys: Sequence[bytes],
+        parent: bytes | None,
+        *,
+        deadline_s: float,
+        now_s: Callable[[], float],
     ) -> None:
         self._now_s = now_s
         self.keys = list(keys)
+        self.parent = parent
         self.deadline_s = deadline_s
         self.chunks: list[HostChunk | None] = [None] * len(keys)
         self.pending: set[int] = set()

@@ -41,6 +41,10 @@ class SimRuntime:
             self.time_s += timeout_s
         self.time_s += 0.0001
 
+    def bounded(self, job: Callable[[], None], limit_s: float) -> bool:
+        job()
+        return True
+
     def run_one(self) -> bool:
         """Run one job of an executor that is not stalled."""
         ready = [e for e in self.executors if e.has_work and not e.stalled]

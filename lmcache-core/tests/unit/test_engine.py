@@ -332,6 +332,29 @@ def test_close_is_bounded_while_a_store_is_frozen(make: Make) -> None:
         engine.lookup(prompt(1, 1))
 
 
+def test_close_is_bounded_when_the_connectors_own_close_hangs_or_raises(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_core.tiers.remote.CLOSE_LIMIT_S", 0.1)
+    gate = threading.Event()
+
+    class Hanging(Scripted):
+        def close(self) -> None:
+            gate.wait(20)
+
+    class Raising(Scripted):
+        def close(self) -> None:
+            raise RuntimeError("no")
+
+    engine = make(Hanging(), Raising())
+    start = time.monotonic()
+    assert engine.close() is False
+    assert time.monotonic() - start < 3.0
+    gate.set()
+    counted = engine.metrics.snapshot()
+    assert (counted["t0.close_overdue"], counted["t1.close_failed"]) == (1, 1)
+
+
 def test_the_request_end_never_waits_for_lower_tiers(make: Make) -> None:
     store = Scripted()
     engine, pages = make(store), Pages(1)

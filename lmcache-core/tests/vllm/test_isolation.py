@@ -93,6 +93,8 @@ def test_reset_starts_a_new_epoch(llama: Path, start: Any, extra: dict[str, Any]
     assert engine.run([PROMPT])[0].num_cached_tokens == 0
     engine.settle()
     assert engine.run([PROMPT])[0].num_cached_tokens == 512
+    assert engine.llm.llm_engine.reset_prefix_cache(reset_connector=True)
+    assert engine.run([PROMPT])[0].num_cached_tokens == 0
 
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])

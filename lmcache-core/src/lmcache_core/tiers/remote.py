@@ -18,6 +18,7 @@ from lmcache_core.config import TierConfig
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.metrics import Metrics
 from lmcache_core.sdk import (
+    CLOSE_LIMIT_S,
     BackendClosed,
     BackendUnavailable,
     Buffer,
@@ -239,13 +240,18 @@ class RemoteTier:
             self._call("probe", Lane.LOAD, 1, self._probe, self._probed)
 
     def close(self, timeout_s: float) -> bool:
-        """Close connector and executor; False when a call still runs."""
+        """Close executor and connector, each within its limit; False when a call still runs."""
         clean = self._executor.close(timeout_s)
+        closed = self._runtime.bounded(self._close_connector, CLOSE_LIMIT_S)
+        if not closed:
+            self.count("close_overdue")
+        return clean and closed
+
+    def _close_connector(self) -> None:
         try:
             self.connector.close()
         except Exception:  # a foreign close must not keep the engine from closing
             self.count("close_failed")
-        return clean
 
     def _probe(self, ctx: OpContext) -> list[Status]:
         return [Status.OK if self.connector.health(ctx).ok else Status.FAILED]

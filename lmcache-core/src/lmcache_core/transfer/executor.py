@@ -123,3 +123,10 @@ class Runtime:
     def wait(self, timeout_s: float) -> None:
         """Let jobs run until one completes or ``timeout_s`` has passed."""
         self.completions.wait(timeout_s)
+
+    def bounded(self, job: Callable[[], None], limit_s: float) -> bool:
+        """Run ``job`` on a daemon thread; False when it takes longer than ``limit_s``."""
+        thread = threading.Thread(target=job, name="lmc-bounded", daemon=True)
+        thread.start()
+        thread.join(limit_s)
+        return not thread.is_alive()

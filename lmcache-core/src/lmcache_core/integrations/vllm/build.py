@@ -120,8 +120,4 @@ def build_scheduler(
         [tier.name for tier in engine.tiers.readable],
         os.getpid(),
     )
-    return Scheduler(
-        engine,
-        block_size=plan.block_size,
-        workers=vllm_config.parallel_config.world_size,
-    )
+    return Scheduler(engine, block_size=plan.block_size)

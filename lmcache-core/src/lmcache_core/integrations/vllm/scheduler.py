@@ -65,14 +65,13 @@ class Scheduler:
     Args:
         engine: owned; closed by `close`.
         block_size: tokens in a block; divides the chunk size.
-        workers: how many workers confirm each job.
     """
 
-    def __init__(self, engine: CacheEngine, *, block_size: int, workers: int) -> None:
+    def __init__(self, engine: CacheEngine, *, block_size: int) -> None:
         self._engine = engine
         self._block_size = block_size
         self._chunk_size = engine.config.chunk_size
-        self._workers = workers
+        self._namespace = engine.namespace
         self._arena = ArenaHandle(engine.host.arena.ref, engine.host.arena)
         self._identity = RequestIdentity(engine.namespace)
         self._requests: dict[str, _Tracked] = {}
@@ -103,7 +102,8 @@ class Scheduler:
         if tracked.ticket is None or tracked.first_chunk != first:
             self._release(tracked)
             last = -(-usable // self._chunk_size)
-            tracked.ticket = self._engine.prefetch(tracked.keys[first:last])
+            parent = tracked.keys[first - 1] if first else None
+            tracked.ticket = self._engine.prefetch(tracked.keys[first:last], parent=parent)
             tracked.first_chunk = first
         tracked.computed = computed
         if not tracked.ticket.done:
@@ -187,7 +187,7 @@ class Scheduler:
         Lower tiers keep what they have; nothing of it matches the new namespace.
         """
         self._engine.clear()
-        self._engine.rebase(self._engine.namespace.derive(weights_epoch=uuid.uuid4().hex))
+        self._engine.rebase(self._namespace.derive(weights_epoch=uuid.uuid4().hex))
         self._identity = RequestIdentity(self._engine.namespace)
         for tracked in self._requests.values():
             self._release(tracked)
