@@ -61,6 +61,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         tiers: below it, fastest first.
         chunk_size: tokens in a chunk.
         hash_algorithm: of the prefix chain.
+        store_partial_chunk: also store the blocks of a prompt's last chunk that is not full;
+            they serve the same prompt again, not a longer one.
         store_decode: also store chunks that decoding fills.
         lookup_deadline_s: how long a request may wait for tiers below host.
         max_pending_store_bytes: host memory that stores not yet confirmed may hold.
@@ -75,6 +77,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     tiers: tuple[TierConfig, ...] = ()
     chunk_size: int = 256
     hash_algorithm: Literal["sha256", "blake3"] = "sha256"
+    store_partial_chunk: bool = False
     store_decode: bool = True
     lookup_deadline_s: float = 2.0
     max_pending_store_bytes: int = 1 << 30

@@ -206,6 +206,22 @@ class ChunkHasher:
             append(digest)
         return digests
 
+    def partial(self, previous: bytes | None, tokens: Any) -> bytes:
+        """Digest of a last chunk of fewer than ``chunk_size`` tokens.
+
+        ``previous`` is the digest of the chunk before it, None for the first.  The length of
+        the message tells it from every whole chunk.
+
+        Raises:
+            ConfigError: see `extend`.
+            ContractViolation: no token, or a whole chunk of them.
+        """
+        if not 0 < len(tokens) < self.chunk_size:
+            raise ContractViolation(f"a partial chunk of {len(tokens)} tokens", op="identity")
+        digest = self.root if previous is None else previous
+        hashed: bytes = self._hash(_CHUNK_DOMAIN + digest + _u32_bytes(tokens)).digest()
+        return hashed
+
 
 def _hash_of(algorithm: str) -> Callable[[bytes], Any]:
     if algorithm == "sha256":

@@ -362,3 +362,14 @@ def test_what_can_not_be_read_has_no_identity(weights: Path, tmp_path: Path) -> 
     os.mkfifo(weights / "pipe")
     with pytest.raises(ConfigError):
         content_digest(weights, cache=None)
+
+
+def test_a_partial_chunk_is_told_from_every_other_length_and_prefix() -> None:
+    hasher = ChunkHasher(Namespace.of({"model": "m"}), chunk_size=4)
+    whole = hasher.digests([1, 2, 3, 4])
+    found = [hasher.partial(None, [1, 2, 3][:n]) for n in (1, 2, 3)]
+    found += [hasher.partial(whole[0], [1, 2, 3][:n]) for n in (1, 2, 3)]
+    assert len({*found, *whole}) == 7
+    for tokens in ([], [1, 2, 3, 4]):
+        with pytest.raises(ContractViolation):
+            hasher.partial(None, tokens)

@@ -46,8 +46,9 @@ def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
         (2, {"load": "sync"}),
         (3, {"load": "auto", "enable_prefix_caching": True}),
         (4, {"load": "async", "slow_copies": True}),
+        (5, {"load": "async", "store_partial_chunk": True}),
     ],
-    ids=["async", "sync", "prefix-caching", "slow-copies"],
+    ids=["async", "sync", "prefix-caching", "slow-copies", "partial-chunks"],
 )
 def test_random_traffic_under_pressure_equals_the_run_without_cache(
     tmp_path: Path,
@@ -70,10 +71,11 @@ def test_random_traffic_under_pressure_equals_the_run_without_cache(
     plain: Engine = start(llama, **common)
     reference = [plain.tokens([prompt], max_tokens=24)[0] for prompt in prompts]
 
-    load = options.pop("load")
+    own = ("load", "store_partial_chunk")
+    settings = {name: options.pop(name) for name in own if name in options}
     extra = {
         "chunk_size": 128,
-        "load": load,
+        **settings,
         "tiers": [
             {"host": f"{6 * (CHUNK_BYTES + 8192)}"},
             {"url": f"file://{tmp_path}/kv", "size": f"{10 * (CHUNK_BYTES + 8192)}"},

@@ -113,6 +113,31 @@ def test_a_whole_number_of_chunks_leaves_one_block_to_compute(
     assert second[0].outputs[0].token_ids == first[0].outputs[0].token_ids
 
 
+def test_the_last_chunk_is_stored_when_asked_for(
+    llama: Path, start: Any, extra: dict[str, Any]
+) -> None:
+    prompt = random_tokens(6, 700)
+    longer = [*prompt, *random_tokens(7, 300)]
+    other = [*prompt[:650], *random_tokens(8, 50)]
+    short = prompt[:150]
+    plain: Engine = start(llama, block_size=32)
+    reference = plain.tokens([prompt, longer, other, short])
+    extra["store_partial_chunk"] = True
+    engine: Engine = start(llama, extra, block_size=32)
+
+    def hits(prompts: list[Any]) -> list[int]:
+        outputs = [engine.run([p])[0] for p in prompts]
+        assert [list(o.outputs[0].token_ids) for o in outputs] == reference[: len(prompts)]
+        engine.settle()
+        return [int(o.num_cached_tokens) for o in outputs]
+
+    asked = [prompt, longer, other, short]
+    assert hits(asked) == [0, 512, 512, 0]
+    assert hits(asked) == [672, 992, 672, 128], "21, 31, 21 and 4 whole blocks"
+    engine = start(llama, extra, block_size=32)
+    assert hits(asked) == [672, 992, 672, 128]
+
+
 def test_many_requests_at_once_share_a_prefix(
     llama: Path, start: Any, extra: dict[str, Any]
 ) -> None:

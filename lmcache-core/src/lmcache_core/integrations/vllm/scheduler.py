@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ class _Tracked:
         keys: stored keys of its whole chunks so far; digests are computed once.
         ticket: its prefix on the way to host, with the first chunk and the tokens that
             the device already had when it was asked.
+        tail: key of the prompt's last chunk when that is not full and such are stored, with
+            the tokens of the prompt that end with its last whole block.
         offered: chunks looked at for storing, from the start.
         frozen: caches nothing more (its pages predate a reset).
         load_failed: a load failed, so it is prefilled and not offered another.
@@ -52,6 +55,9 @@ class _Tracked:
     ticket: Prefetch | None = None
     first_chunk: int = 0
     computed: int = 0
+    tail: bytes | None = None
+    tail_end: int = 0
+    tail_offered: bool = False
     offered: int = 0
     parked: bool = False
     frozen: bool = False
@@ -102,13 +108,17 @@ class Scheduler:
         if tracked.ticket is None or tracked.first_chunk != first:
             self._release(tracked)
             last = -(-usable // self._chunk_size)
+            keys = tracked.keys[first:last]
+            if tracked.tail is not None and last > len(tracked.keys):
+                keys.append(tracked.tail)
             parent = tracked.keys[first - 1] if first else None
-            tracked.ticket = self._engine.prefetch(tracked.keys[first:last], parent=parent)
+            tracked.ticket = self._engine.prefetch(keys, parent=parent)
             tracked.first_chunk = first
         tracked.computed = computed
         if not tracked.ticket.done:
             return None, False
-        end = (first + len(tracked.ticket.hits())) * self._chunk_size
+        count = first + len(tracked.ticket.hits())
+        end = tracked.tail_end if count > len(tracked.keys) else count * self._chunk_size
         matched = max(0, min(end, usable) - computed)
         self._count("requested_tokens", request.num_tokens)
         if not matched:
@@ -214,7 +224,7 @@ class Scheduler:
                 self._distrusted.add(store)
                 self._engine.host.drop(chunk.key for chunk in chunks)
         for tracked in self._requests.values():
-            tracked.offered = 0
+            tracked.offered, tracked.tail_offered = 0, False
             tracked.load_failed |= tracked.request.request_id == req_id
 
     def _stored(self, job_id: int, *, failed: bool) -> None:
@@ -248,6 +258,20 @@ class Scheduler:
             tracked.digests = tracked.hasher.extend(tracked.digests, tokens)
             fresh = tracked.digests[len(tracked.keys) :]
             tracked.keys += self._engine.keys_of(fresh, tracked.hasher.namespace)
+        if self._engine.config.store_partial_chunk:
+            self._find_tail(tracked)
+
+    def _find_tail(self, tracked: _Tracked) -> None:
+        prompt = tracked.request.num_prompt_tokens
+        whole, end = prompt // self._chunk_size, prompt // self._block_size * self._block_size
+        if len(tracked.keys) > whole or end == whole * self._chunk_size:
+            tracked.tail = None
+        elif tracked.tail is None:
+            tokens = tracked.request.all_token_ids[whole * self._chunk_size : end]
+            previous = tracked.digests[-1] if whole else None
+            digest = tracked.hasher.partial(previous, tokens)
+            tracked.tail = self._engine.keys_of([digest], tracked.hasher.namespace)[0]
+            tracked.tail_end = end
 
     def _release(self, tracked: _Tracked) -> None:
         if tracked.ticket is not None:
@@ -275,39 +299,59 @@ class Scheduler:
         request = tracked.request
         known = request.num_tokens if self._engine.config.store_decode else 0
         bound = min(processed, max(known, request.num_prompt_tokens))
-        whole = bound // self._chunk_size
-        if whole <= tracked.offered:
-            return None
-        self._extend_keys(tracked)
-        chunks: list[HostChunk] = []
-        indices: list[int] = []
         limit = self._engine.config.max_pending_store_bytes
-        for i in range(tracked.offered, whole):
-            if self._engine.is_arriving(tracked.keys[i]):
-                whole = i  # decided in a later step: the fetch may yet fail
-                break
-            if tracked.keys[i] in self._engine.host:
-                continue
+        chunks: list[HostChunk] = []
+        ranges: list[range] = []
+        for key, parent, blocks in self._to_store(tracked, bound):
             if self._storing_bytes + self._engine.layout.payload_bytes > limit:
                 self._count("store_dropped_pressure")
                 continue
-            chunk = self._engine.reserve(tracked.keys[i], tracked.keys[i - 1] if i else None)
+            chunk = self._engine.reserve(key, parent)
             if chunk is not None:
                 self._storing_bytes += self._engine.layout.payload_bytes
                 chunks.append(chunk)
-                indices.append(i)
-        tracked.offered = whole
+                ranges.append(blocks)
+                if key == tracked.tail:
+                    # What the slot held before must not reach a lower tier under this key.
+                    self._engine.host.payload(chunk)[:] = 0
         if not chunks:
             return None
-        block_ids = self._block_ids(output, req_id)
-        per_chunk = self._chunk_size // self._block_size
+        table = self._block_ids(output, req_id)
         spans = tuple(
-            Span(chunk.offset, 0, tuple(block_ids[i * per_chunk : (i + 1) * per_chunk]))
-            for chunk, i in zip(chunks, indices)
+            Span(chunk.offset, 0, tuple(table[blocks.start : blocks.stop]))
+            for chunk, blocks in zip(chunks, ranges)
         )
         job = Job(next(self._job_ids), req_id, spans)
         self._storing[job.job_id] = (chunks, self._engine.generation)
         return job
+
+    def _to_store(
+        self, tracked: _Tracked, processed: int
+    ) -> Iterator[tuple[bytes, bytes | None, range]]:
+        """Key, parent and blocks of each chunk that is now full and not in host; a chunk
+        that is still arriving is decided in a later step, since its fetch may yet fail."""
+        whole = processed // self._chunk_size
+        per_chunk = self._chunk_size // self._block_size
+        tail_due = tracked.tail is not None and not tracked.tail_offered
+        if whole <= tracked.offered and not (tail_due and processed >= tracked.tail_end):
+            return
+        self._extend_keys(tracked)
+        for i in range(tracked.offered, whole):
+            key = tracked.keys[i]
+            if self._engine.is_arriving(key):
+                return
+            tracked.offered = i + 1
+            if key not in self._engine.host:
+                parent = tracked.keys[i - 1] if i else None
+                yield key, parent, range(i * per_chunk, (i + 1) * per_chunk)
+        tail = tracked.tail
+        if tail is None or tracked.tail_offered or processed < tracked.tail_end:
+            return
+        if not self._engine.is_arriving(tail):
+            tracked.tail_offered = True
+            if tail not in self._engine.host:
+                last = tracked.keys[-1] if tracked.keys else None
+                yield tail, last, range(whole * per_chunk, tracked.tail_end // self._block_size)
 
     def _block_ids(self, output: SchedulerOutput, req_id: str) -> list[int]:
         state = output.kv_connector_block_state
