@@ -254,6 +254,21 @@ def test_a_frozen_store_costs_one_deadline_and_the_next_request_nothing(make: Ma
     assert pages.onboarded == [True, True]
 
 
+def test_a_long_queue_of_stores_is_no_fault_of_the_store(make: Make) -> None:
+    class Slow(Scripted):
+        def _enter(self, op: str, width: int) -> None:
+            super()._enter(op, width)
+            if op == "put":
+                time.sleep(0.06)
+
+    store = Slow()
+    engine = make(store, tier=msgspec.structs.replace(TIER, threads=1))
+    engine.store(prompt(1, 8), Pages(1))
+    assert engine.flush(5)
+    assert len(store._values) == 8, "the last one waited longer than the deadline"
+    assert "t0.breaker_opened" not in engine.metrics.snapshot()
+
+
 def test_an_unavailable_backend_opens_the_breaker_at_once(make: Make) -> None:
     store = Scripted()
     engine = make(store)

@@ -8,6 +8,7 @@ the owner keeps (WRITING or pinned) until the job has settled.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,10 @@ _TOLD_BY_STORE = {Status.OK, Status.MISS, Status.SIZE_MISMATCH, Status.CORRUPT, 
 
 @dataclass(slots=True)
 class _Call:
-    deadline_s: float
+    """One call, from its queueing until it has settled.  ``deadline_s`` is known once it
+    has started: waiting for a thread of ours is no fault of the store."""
+
+    deadline_s: float = math.inf
     overdue: bool = False
 
 
@@ -102,8 +106,8 @@ class RemoteTier:
 
     @property
     def settling(self) -> bool:
-        """Whether a call is in flight that is not overdue."""
-        return any(not call.overdue for call in self._calls.values())
+        """Whether answers are still to come in time."""
+        return self.available and any(not call.overdue for call in self._calls.values())
 
     @property
     def used_bytes(self) -> int:
@@ -267,9 +271,14 @@ class RemoteTier:
         run: Callable[[OpContext], list[Status]],
         answered: Callable[[list[Status]], None],
     ) -> None:
-        """Queue ``run``; ``answered`` gets ``width`` statuses in the owner thread, always."""
-        ctx = OpContext(deadline_s=self._runtime.now_s() + self.config.deadline_s)
+        """Queue ``run``; ``answered`` gets ``width`` statuses in the owner thread, always.
+
+        A load has its deadline from now on, since a request waits for it; a store from when
+        it starts.
+        """
         call_id = next(self._call_ids)
+        call = self._calls[call_id] = _Call()
+        latest_s = self._runtime.now_s() + self.config.deadline_s if lane is Lane.LOAD else math.inf
 
         def settle(statuses: list[Status], error: LMCacheError | None) -> None:
             del self._calls[call_id]
@@ -277,31 +286,28 @@ class RemoteTier:
                 self._judge(op, statuses, error)
             answered(statuses)
 
+        def refuse() -> None:
+            del self._calls[call_id]
+            self.count(f"dropped_queue.{op}", width)
+            answered([Status.FAILED] * width)
+
         def job() -> None:
+            now_s = self._runtime.now_s()
+            if now_s >= latest_s:
+                self._runtime.completions.post(refuse)
+                return
+            call.deadline_s = min(latest_s, now_s + self.config.deadline_s)
             error: LMCacheError | None = None
             try:
-                if self._runtime.now_s() >= ctx.deadline_s:
-                    statuses = [Status.TIMED_OUT] * width
-                else:
-                    statuses = run(ctx)
-                    if len(statuses) != width:
-                        raise LMCacheError("an answer of the wrong length", op=op)
+                statuses = run(OpContext(deadline_s=call.deadline_s))
+                if len(statuses) != width:
+                    raise LMCacheError("an answer of the wrong length", op=op)
             except Exception as caught:  # the boundary to foreign code: counted, never lost
                 error = caught if isinstance(caught, LMCacheError) else LMCacheError(repr(caught))
                 statuses = [Status.FAILED] * width
             self._runtime.completions.post(lambda: settle(statuses, error))
 
-        self._calls[call_id] = _Call(ctx.deadline_s)
         if not self._executor.submit(job, lane):
-            self.count(f"dropped_queue.{op}", width)
-
-            def refuse() -> None:
-                del self._calls[call_id]
-                if op == "probe":
-                    self._breaker.probed(self._runtime.now_s(), ok=False)
-                else:
-                    answered([Status.FAILED] * width)
-
             self._runtime.completions.post(refuse)
 
     def _judge(self, op: str, statuses: Sequence[Status], error: LMCacheError | None) -> None:
