@@ -175,6 +175,8 @@ class Simulation:
         self.disk.fault = lambda op: None
         for executor in self.runtime.executors:
             executor.stalled = False
+        # The next write removes what a failed one could not.
+        self.engine.tiers.delete([b"nothing"])
         for _ in range(500):
             self.runtime.wait(0.05)
             self.engine.poll()

@@ -417,6 +417,20 @@ def test_the_lower_tier_never_holds_more_than_its_size(make: Make) -> None:
     assert engine.metrics.snapshot()["t0.evicted"] > 0
 
 
+def test_a_chunk_on_its_way_to_a_tier_is_not_sent_again(make: Make) -> None:
+    store = Scripted()
+    config = msgspec.structs.replace(TIER, size_bytes=2 * SLOT_BYTES, deadline_s=5.0)
+    engine = make(store, tier=config)
+    store.freeze()
+    for _ in range(3):
+        engine.store(prompt(1, 2), Pages(1))
+        engine.clear()
+    store.thawed.set()
+    assert engine.flush(5)
+    assert [op for op, _ in store.calls].count("put") == 2
+    assert store.peak_bytes <= 2 * SLOT_BYTES
+
+
 def test_what_an_earlier_process_left_is_counted_and_trimmed(make: Make) -> None:
     store = Scripted()
     engine = make(store)

@@ -115,6 +115,7 @@ class FileConnector(BatchLoop):
             self._ops.fsync_dir(shard)
 
     def delete_one(self, key: bytes, timeout_s: float) -> None:
+        self._remove_orphans()
         self._ops.unlink(self._path(key))
 
     def scan(self, prefix: bytes, ctx: OpContext) -> Iterator[ScanEntry]:

@@ -127,8 +127,8 @@ class RemoteTier:
         self._evict(0)
 
     def holds(self, key: bytes) -> bool:
-        """Whether we know ``key`` to be stored here; a hint."""
-        return key in self._quota
+        """Whether ``key`` is stored here, leaving, or on its way here, as far as we know."""
+        return key in self._quota or any(chunk.key == key for chunk, _, _ in self._waiting)
 
     def exists(self, keys: Sequence[bytes], done: Callable[[list[bool]], None]) -> None:
         """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order."""
@@ -205,8 +205,9 @@ class RemoteTier:
         if not self.available:
             self.count("dropped_breaker")
             done(Status.FAILED)
-        elif chunk.key in self._quota:
-            self._put(chunk, nbytes, done)
+        elif self.holds(chunk.key):
+            # A second copy beside the first, even for a moment, would not be counted.
+            done(Status.OK)
         elif len(self._waiting) >= self.config.max_queued:
             self.count("dropped_queue.put")
             done(Status.REJECTED)
