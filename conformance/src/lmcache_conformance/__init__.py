@@ -1,6 +1,6 @@
 """Conformance suite for backends of lmcache-core."""
 
-from lmcache_conformance.harness import Harness
+from lmcache_conformance.harness import Harness, Memory, value, within
 from lmcache_conformance.suite import ConnectorConformance
 
-__all__ = ["ConnectorConformance", "Harness"]
+__all__ = ["ConnectorConformance", "Harness", "Memory", "value", "within"]

@@ -4,7 +4,7 @@ A backend imports from here and from nowhere else in core.
 """
 
 from lmcache_core.sdk.api import API_VERSION, BACKEND_GROUP
-from lmcache_core.sdk.batch import BatchLoop, TargetTooSmall, status_of_oserror
+from lmcache_core.sdk.batch import BatchLoop, TargetTooSmall, ValueCorrupt, status_of_oserror
 from lmcache_core.sdk.buffers import Buffer, MemoryKind, Region, ReleaseToken
 from lmcache_core.sdk.capabilities import Capabilities, Durability, OnExisting, Sharing
 from lmcache_core.sdk.connector import (
@@ -81,6 +81,7 @@ __all__ = [
     "SupportsSubmit",
     "TargetTooSmall",
     "Unsupported",
+    "ValueCorrupt",
     "hookimpl",
     "status_of_oserror",
 ]

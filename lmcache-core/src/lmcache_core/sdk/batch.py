@@ -46,7 +46,7 @@ class BatchLoop(RemoteConnector):
 
     Each function takes ``timeout_s`` and must hand it to every blocking call; an OSError
     is mapped by `status_of_oserror`.  A ``get_one`` that finds its target too small
-    raises `TargetTooSmall`.
+    raises `TargetTooSmall`; one that finds the stored value torn raises `ValueCorrupt`.
     """
 
     def __init__(self, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -76,7 +76,7 @@ class BatchLoop(RemoteConnector):
         """Release what the connector holds; called once."""
 
     def exists(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
-        self._check(keys, "exists")
+        self.check_call(keys, "exists")
 
         def one(key: bytes, timeout_s: float) -> Status:
             return Status.OK if self.exists_one(key, timeout_s) else Status.MISS
@@ -86,19 +86,20 @@ class BatchLoop(RemoteConnector):
     def get_into(
         self, keys: Sequence[bytes], targets: Sequence[Buffer], ctx: OpContext
     ) -> list[GetResult]:
-        self._check(keys, "get_into", targets)
-        _refuse_overlap(targets, self._name)
+        self.check_call(keys, "get_into", targets)
         index = iter(targets)
 
         def one(key: bytes, timeout_s: float) -> GetResult:
             target = next(index)
-            view = self._view(target)
+            view = self.usable_view(target)
             if view is None:
                 return GetResult(Status.REJECTED)
             try:
                 nbytes = self.get_one(key, view, timeout_s)
             except TargetTooSmall as small:
                 return GetResult(Status.SIZE_MISMATCH, small.nbytes)
+            except ValueCorrupt:
+                return GetResult(Status.CORRUPT)
             return GetResult(Status.MISS) if nbytes is None else GetResult(Status.OK, nbytes)
 
         return self._each(keys, ctx, one, GetResult)
@@ -106,12 +107,12 @@ class BatchLoop(RemoteConnector):
     def put_from(
         self, keys: Sequence[bytes], sources: Sequence[Buffer], ctx: OpContext
     ) -> list[Status]:
-        self._check(keys, "put_from", sources)
+        self.check_call(keys, "put_from", sources)
         index = iter(sources)
 
         def one(key: bytes, timeout_s: float) -> Status:
             source = next(index)
-            view = self._view(source)
+            view = self.usable_view(source)
             if view is None or source.nbytes > self.capabilities.max_value_bytes:
                 return Status.REJECTED
             self.put_one(key, view, timeout_s)
@@ -120,7 +121,7 @@ class BatchLoop(RemoteConnector):
         return self._each(keys, ctx, one, lambda status: status)
 
     def delete(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
-        self._check(keys, "delete")
+        self.check_call(keys, "delete")
 
         def one(key: bytes, timeout_s: float) -> Status:
             try:
@@ -158,15 +159,24 @@ class BatchLoop(RemoteConnector):
         answers.extend(wrap(Status.TIMED_OUT) for _ in range(len(keys) - len(answers)))
         return answers
 
-    def _view(self, buffer: Buffer) -> memoryview | None:
+    def usable_view(self, buffer: Buffer) -> memoryview | None:
+        """The buffer's bytes, or None when it is REJECTED: on a device, or misaligned."""
         alignment = self.capabilities.alignment
         if buffer.view is None or buffer.address % alignment or buffer.nbytes % alignment:
             return None
         return buffer.view
 
-    def _check(
+    def check_call(
         self, keys: Sequence[bytes], op: str, buffers: Sequence[Buffer] | None = None
     ) -> None:
+        """What every method must refuse before it touches anything; for subclasses that
+        answer a whole batch at once.
+
+        Raises:
+            BackendClosed: after close, or in a forked child.
+            ContractViolation: over ``max_batch``, a key of a wrong length, not one buffer a key,
+                overlapping targets.
+        """
         if self._closed or os.getpid() != self._pid:
             why = "closed" if self._closed else "opened in another process"
             raise BackendClosed(
@@ -183,6 +193,8 @@ class BatchLoop(RemoteConnector):
             raise ContractViolation(
                 f"{len(keys)} keys but {len(buffers)} buffers", backend=self._name, op=op
             )
+        if op == "get_into":
+            _refuse_overlap(buffers or (), self._name)
         for key in keys:
             if not 1 <= len(key) <= MAX_KEY_BYTES:
                 raise ContractViolation(
@@ -198,6 +210,10 @@ class TargetTooSmall(Exception):
     def __init__(self, nbytes: int) -> None:
         super().__init__(nbytes)
         self.nbytes = nbytes
+
+
+class ValueCorrupt(Exception):
+    """Raised by `BatchLoop.get_one`: what is stored is not the whole value of one put."""
 
 
 def _refuse_overlap(targets: Sequence[Buffer], backend: str) -> None:
