@@ -37,6 +37,8 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         probe_interval_s: between two probes while the breaker is open.
         failures_to_open: failures in a row that open the breaker; a missed deadline or
             an unavailable backend opens it at once.
+        negative_ttl_s: how long a chunk that the store lacked is not asked for again.
+        max_negative_keys: how many such chunks are remembered.
         max_lost_bytes: host memory that calls which can't be cancelled may hold; above it
             the tier is not used.
     """
@@ -50,6 +52,8 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     deadline_s: float = 2.0
     probe_interval_s: float = 1.0
     failures_to_open: int = 3
+    negative_ttl_s: float = 1.0
+    max_negative_keys: int = 65_536
     max_lost_bytes: int = 256 << 20
 
 
@@ -65,6 +69,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             they serve the same prompt again, not a longer one.
         store_decode: also store chunks that decoding fills.
         lookup_deadline_s: how long a request may wait for tiers below host.
+        max_prefetch_bytes: host memory that prefixes of requests which still wait for their
+            turn may hold; 0 takes a quarter of the host tier.
         max_pending_store_bytes: host memory that stores not yet confirmed may hold.
         close_timeout_s: how long `close` waits for writes that were accepted.
         load: ``sync`` copies before the forward pass, ``async`` beside it, ``auto`` is
@@ -80,6 +86,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     store_partial_chunk: bool = False
     store_decode: bool = True
     lookup_deadline_s: float = 2.0
+    max_prefetch_bytes: int = 0
     max_pending_store_bytes: int = 1 << 30
     close_timeout_s: float = 5.0
     load: Literal["auto", "sync", "async"] = "auto"

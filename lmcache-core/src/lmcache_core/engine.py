@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache_core.config import EngineConfig
+from lmcache_core.envelope import stored_bytes
 from lmcache_core.keys import ChunkHasher, Namespace, key_suffix
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
+from lmcache_core.misses import MissLog
 from lmcache_core.planner import plan
-from lmcache_core.prefetch import Prefetch
+from lmcache_core.prefetch import Prefetch, Prefetcher
 from lmcache_core.sdk import BackendClosed, ConfigError, Status
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.remote import RemoteTier
@@ -80,11 +82,19 @@ class CacheEngine:
         self.namespace = namespace
         self.metrics = metrics or Metrics()
         self.runtime = runtime or Runtime()
-        self.host = HostTier(arena, lambda key: self.metrics.counter("host.evicted").inc())
+        self.misses = MissLog()
+        self.host = HostTier(arena, self._evicted)
         self.tiers = TierStack(open_tiers(self.host))
+        self._prefetcher = Prefetcher(
+            self.host,
+            self.tiers,
+            payload_bytes=layout.payload_bytes,
+            metrics=self.metrics,
+            now_s=self.runtime.now_s,
+            lose=self._lose,
+        )
         self._suffix = key_suffix(0, 0)
         self._hasher = self._make_hasher(namespace)
-        self._arriving: dict[bytes, list[tuple[Prefetch, int]]] = {}
         self._lost: dict[int, HostChunk] = {}
         self._lent: dict[int, list[HostChunk]] = {}
         self._generation = 0
@@ -100,6 +110,11 @@ class CacheEngine:
     def generation(self) -> int:
         """Grows with every `clear`; a store reserved before is not committed after."""
         return self._generation
+
+    @property
+    def slot_bytes(self) -> int:
+        """Host memory of one chunk, its header included."""
+        return stored_bytes(self.layout.payload_bytes)
 
     @property
     def settling(self) -> bool:
@@ -124,7 +139,7 @@ class CacheEngine:
 
     def is_arriving(self, key: bytes) -> bool:
         """Whether ``key`` is on its way to host from a lower tier."""
-        return key in self._arriving
+        return key in self._prefetcher
 
     def prefetch(
         self,
@@ -138,26 +153,11 @@ class CacheEngine:
         """
         self._check_open()
         until_s = deadline_s or self.now_s() + self.config.lookup_deadline_s
-        ticket = Prefetch(keys, parent, deadline_s=until_s, now_s=self.runtime.now_s)
-        resident = self.host.prefix(keys)
-        for i in range(resident):
-            self._join(ticket, i)
-        missing = ticket.keys[resident:]
-        if missing and self.tiers.readable:
-            ticket.asking = True
-            self.tiers.residency(missing, lambda rows: self._fetch(ticket, resident, rows))
-        return ticket
+        return self._prefetcher.start(keys, parent, until_s)
 
     def release(self, ticket: Prefetch) -> None:
         """End the ticket: unpin its chunks, want no more of them."""
-        if ticket.closed:
-            return
-        ticket.closed = True
-        self.host.touch(ticket.keys)
-        for chunk in ticket.chunks:
-            if chunk is not None:
-                self.host.unpin(chunk)
-        ticket.chunks = [None] * len(ticket.keys)
+        self._prefetcher.release(ticket)
 
     def lookup(self, tokens: Sequence[int]) -> LookupResult:
         """The longest prefix over all tiers, without moving it.
@@ -170,13 +170,22 @@ class CacheEngine:
         resident = self.host.prefix(keys)
         by_tier = {"host": resident * size} if resident else {}
         missing = keys[resident:]
-        answer: list[list[list[bool]]] = []
-        if missing and self.tiers.readable:
-            self.tiers.residency(missing, answer.append)
-            self._wait(lambda: bool(answer), self.config.lookup_deadline_s)
         names = ["host", *(tier.name for tier in self.tiers.readable)]
-        rows = [self._resident(missing), *(answer[0] if answer else ())]
-        for tier in plan(rows):
+        rows: list[list[bool] | None] = [None] * len(names)
+        rows[0] = [self.host.get(key) is not None for key in missing]
+
+        def answered(position: int, present: list[bool], why: str) -> None:
+            rows[position + 1] = present
+
+        def settled() -> bool:
+            """Whether no tier that has not answered could change the result."""
+            tiers, decided = plan(rows)
+            return decided and None not in rows[: max(tiers, default=0)]
+
+        if missing and self.tiers.readable:
+            self.tiers.residency(missing, answered)
+            self._wait(settled, self.config.lookup_deadline_s)
+        for tier in plan(rows).tiers:
             name = names[tier]
             by_tier[name] = by_tier.get(name, 0) + size
         return LookupResult(sum(by_tier.values()), by_tier)
@@ -311,62 +320,6 @@ class CacheEngine:
             self.host.arena.close()
         return flushed and clean
 
-    def _join(self, ticket: Prefetch, index: int) -> None:
-        chunk = self.host.get(ticket.keys[index])
-        if chunk is not None and ticket.chunks[index] is None:
-            self.host.pin(chunk)
-            ticket.chunks[index] = chunk
-
-    def _resident(self, keys: Sequence[bytes]) -> list[bool]:
-        return [self.host.get(key) is not None for key in keys]
-
-    def _fetch(self, ticket: Prefetch, first: int, rows: list[list[bool]]) -> None:
-        ticket.asking = False
-        if ticket.closed or self._closed:
-            return
-        chosen = plan([self._resident(ticket.keys[first:]), *rows])
-        ticket.stop = first + len(chosen)
-        for index, tier in enumerate(chosen, first):
-            key = ticket.keys[index]
-            if self.host.get(key) is not None:
-                self._join(ticket, index)
-                continue
-            waiting = self._arriving.get(key)
-            if waiting is None:
-                parent = ticket.keys[index - 1] if index else ticket.parent
-                chunk = self.host.reserve(key, parent, self.layout.payload_bytes)
-                if chunk is None:
-                    self.metrics.counter("host.prefetch_no_room").inc()
-                    ticket.stop = index
-                    break
-                waiting = self._arriving[key] = []
-                self._start_fetch(chunk, self.tiers.readable[max(0, tier - 1)])
-            waiting.append((ticket, index))
-            ticket.pending.add(index)
-
-    def _start_fetch(self, chunk: HostChunk, tier: RemoteTier) -> None:
-        def arrived(status: Status) -> None:
-            waiting = self._arriving.pop(chunk.key, [])
-            if status is Status.ABANDONED:
-                self.host.lose(chunk)
-                self._lost[chunk.offset] = chunk
-                tier.count("lost_bytes", chunk.payload_bytes)
-            elif status is Status.OK:
-                self.host.seal(chunk)
-            else:
-                self.host.abort(chunk)
-            for ticket, index in waiting:
-                ticket.pending.discard(index)
-                if ticket.closed:
-                    continue
-                self._join(ticket, index)
-                ticket.sources[chunk.key] = tier.name
-                if ticket.chunks[index] is None:
-                    ticket.stop = min(ticket.stop, index)
-                    ticket.pending = {i for i in ticket.pending if i < index}
-
-        tier.fetch(chunk, arrived)
-
     def released(self, token: int) -> None:
         """A buffer answered ABANDONED can't be touched any more; from any thread."""
 
@@ -378,6 +331,15 @@ class CacheEngine:
                 self.host.found(chunk)
 
         self.runtime.completions.post(settle)
+
+    def _evicted(self, key: bytes) -> None:
+        self.metrics.counter("host.evicted").inc()
+        self.misses.evicted(key)
+
+    def _lose(self, chunk: HostChunk, tier: RemoteTier) -> None:
+        self.host.lose(chunk)
+        self._lost[chunk.offset] = chunk
+        tier.count("lost_bytes", chunk.payload_bytes)
 
     def _demote(self, chunk: HostChunk) -> None:
         for tier in self.tiers.writable:

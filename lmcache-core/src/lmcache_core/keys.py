@@ -123,6 +123,10 @@ class Namespace:
                 raise ConfigError(f"the namespace has a field {name!r} already", op="identity")
         return self._of(self.pairs + Namespace.of(extra).pairs)
 
+    def differing_fields(self, other: Namespace) -> list[str]:
+        """Names of the fields in which the two differ, sorted."""
+        return sorted({k[1 + _LEN.size :].decode() for k, _ in set(self.pairs) ^ set(other.pairs)})
+
 
 class ChunkHasher:
     """Chains the digests of a prefix's chunks.  Immutable, so thread-safe.

@@ -27,6 +27,7 @@ class SimRuntime:
         self.completions = Completions()
         self.time_s = 1000.0
         self.executors: list[SimExecutor] = []
+        self._timers: list[list] = []
 
     def now_s(self) -> float:
         return self.time_s
@@ -36,7 +37,15 @@ class SimRuntime:
         self.executors.append(made)
         return made
 
+    def every(self, interval_s: float, fire: Callable[[], bool]) -> None:
+        self._timers.append([self.time_s + interval_s, interval_s, fire])
+
     def wait(self, timeout_s: float) -> None:
+        for timer in list(self._timers):
+            if self.time_s >= timer[0]:
+                timer[0] = self.time_s + timer[1]
+                if not timer[2]():
+                    self._timers.remove(timer)
         if not self.run_one():
             self.time_s += timeout_s
         self.time_s += 0.0001

@@ -119,7 +119,7 @@ def test_a_good_backend_opens_and_nothing_is_loaded_to_find_it(
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("redis://localhost", "pip install lmcache-backend-redis"),
+        ("mooncake://localhost", "pip install lmcache-backend-mooncake"),
         ("nixl+posix:///x", "pip install lmcache-backend-nixl"),
         ("fil:///x", "file://"),
         ("no-colon", "scheme"),

@@ -328,7 +328,7 @@ def test_a_tier_that_holds_too_much_lost_memory_is_not_used(make: Make) -> None:
     tokens = stored(engine, 1, 1)
     store.abandon = []
     engine.retrieve(tokens, Pages(1))
-    until(engine, lambda: not engine.tiers.readable[0]._breaker.is_open)
+    until(engine, lambda: not engine.tiers.readable[0].unavailable_reason)
     assert not engine.tiers.readable[0].available
     engine.released(store.abandon[0].token)
     engine.poll()
@@ -350,7 +350,7 @@ def test_close_is_bounded_while_a_store_is_frozen(make: Make) -> None:
 def test_close_is_bounded_when_the_connectors_own_close_hangs_or_raises(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache_core.tiers.remote.CLOSE_LIMIT_S", 0.1)
+    monkeypatch.setattr("lmcache_core.tiers.calls.CLOSE_LIMIT_S", 0.1)
     gate = threading.Event()
 
     class Hanging(Scripted):

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_core.planner import plan
+from lmcache_core import planner
+
+
+def plan(residency: list[list[bool]]) -> list[int]:
+    """Of tiers that have all answered."""
+    tiers, decided = planner.plan(residency)
+    assert decided
+    return tiers
+
 
 residencies = st.tuples(st.integers(1, 5), st.integers(0, 12)).flatmap(
     lambda shape: st.lists(
@@ -57,3 +65,22 @@ def test_nothing_held_at_the_start_is_an_empty_plan(residency: list[list[bool]])
 def test_each_chunk_comes_from_the_fastest_tier_that_holds_it() -> None:
     assert plan([[True, False, False, True], [True, True, False, True]]) == [0, 1]
     assert plan(((True, False, True), (False, True, True))) == [0, 1, 0]
+
+
+@given(residencies, st.data())
+def test_answers_that_are_still_to_come_only_make_the_prefix_longer(
+    residency: list[list[bool]], data: st.DataObject
+) -> None:
+    late = data.draw(st.sets(st.integers(0, len(residency) - 1)))
+    partial = [None if tier in late else row for tier, row in enumerate(residency)]
+    tiers, decided = planner.plan(partial)
+    assert len(tiers) <= len(plan(residency))
+    assert all(residency[tier][i] for i, tier in enumerate(tiers))
+    if decided:
+        assert len(tiers) == len(plan(residency))
+
+
+def test_a_prefix_that_one_tier_has_whole_is_decided_without_the_others() -> None:
+    assert planner.plan([[True, True], None]) == ([0, 0], True)
+    assert planner.plan([[True, False], None]) == ([0], False)
+    assert planner.plan([None, None]) == ([], False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from lmcache_core.transfer.breaker import Breaker
-from lmcache_core.transfer.executor import Completions, Lane, ThreadExecutor
+from lmcache_core.transfer.executor import Completions, Lane, Runtime, ThreadExecutor
 
 
 def test_queued_loads_start_before_queued_stores() -> None:
@@ -54,30 +54,48 @@ def test_completions_run_in_order_of_arrival() -> None:
     assert seen == [0, 1, 2]
 
 
+def test_stores_leave_a_thread_for_loads() -> None:
+    executor = ThreadExecutor("t", threads=3, max_queued=10)
+    gate, loaded = threading.Event(), threading.Event()
+    running: list[int] = []
+    for i in range(3):
+        executor.submit(lambda i=i: (running.append(i), gate.wait(5), None)[2], Lane.STORE)
+    executor.submit(loaded.set, Lane.LOAD)
+    assert loaded.wait(5), "a load waits for slow stores"
+    assert len(running) == 2
+    gate.set()
+    assert executor.close(5)
+
+
+def test_every_calls_until_it_is_told_to_stop() -> None:
+    calls, done = [], threading.Event()
+
+    def fire() -> bool:
+        calls.append(1)
+        if len(calls) == 3:
+            done.set()
+        return len(calls) < 3
+
+    Runtime().every(0.01, fire)
+    assert done.wait(5)
+    assert not threading.Event().wait(0.05)
+    assert len(calls) == 3
+
+
 def test_failures_in_a_row_open_the_breaker_and_a_success_resets_them() -> None:
-    breaker = Breaker(failures_to_open=3, probe_interval_s=1.0)
-    assert [breaker.failure(0.0, "x") for _ in range(2)] == [False, False]
+    breaker = Breaker(failures_to_open=3)
+    assert [breaker.failure("x") for _ in range(2)] == [False, False]
     breaker.success()
-    assert [breaker.failure(0.0, "x") for _ in range(3)] == [False, False, True]
+    assert [breaker.failure("x") for _ in range(3)] == [False, False, True]
     assert breaker.is_open
 
 
-def test_one_fatal_failure_opens_it() -> None:
-    breaker = Breaker(failures_to_open=3, probe_interval_s=1.0)
-    assert breaker.failure(0.0, "frozen", fatal=True)
+def test_one_fatal_failure_opens_it_and_only_close_closes_it() -> None:
+    breaker = Breaker(failures_to_open=3)
+    assert breaker.failure("frozen", fatal=True)
     assert (breaker.is_open, breaker.reason) == (True, "frozen")
-
-
-def test_while_open_one_probe_an_interval_and_only_it_closes() -> None:
-    breaker = Breaker(failures_to_open=1, probe_interval_s=1.0)
-    breaker.failure(10.0, "x")
-    assert not breaker.wants_probe(10.5)
-    assert breaker.wants_probe(11.0)
-    assert not breaker.wants_probe(12.0), "one at a time"
+    assert not breaker.failure("again", fatal=True), "it was open"
     breaker.success()
     assert breaker.is_open, "a late answer does not close it"
-    breaker.probed(12.0, ok=False)
-    assert not breaker.wants_probe(12.5)
-    assert breaker.wants_probe(13.0)
-    breaker.probed(13.1, ok=True)
-    assert not breaker.is_open
+    breaker.close()
+    assert (breaker.is_open, breaker.reason) == (False, "")

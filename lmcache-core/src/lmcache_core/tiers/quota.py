@@ -6,6 +6,7 @@ understates what is on the store.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from lmcache_core.policy.lru import Lru
@@ -29,6 +30,8 @@ class Quota:
         self._leaving: set[bytes] = set()
         self._leaving_bytes = 0
         self._writing: set[bytes] = set()
+        self._stamps = itertools.count(1)
+        self._stamp_of: dict[bytes, int] = {}
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._sizes
@@ -50,6 +53,7 @@ class Quota:
         """``key`` was on the store already; call in order of last use, oldest first."""
         self._sizes[key] = nbytes
         self.used_bytes += nbytes
+        self._stamp_of[key] = next(self._stamps)
         self._lru.add(key, None)
 
     def put_started(self, key: bytes, nbytes: int) -> None:
@@ -57,6 +61,7 @@ class Quota:
         if key not in self._sizes:
             self._sizes[key] = nbytes
             self.used_bytes += nbytes
+        self._stamp_of[key] = next(self._stamps)
         self._writing.add(key)
 
     def put_ended(self, key: bytes, parent: bytes | None, *, ok: bool) -> None:
@@ -101,7 +106,17 @@ class Quota:
         for key in keys:
             if key not in self._leaving and key not in self._writing:
                 self._lru.remove(key)
+                self._stamp_of.pop(key, None)
                 self.used_bytes -= self._sizes.pop(key, 0)
+
+    def stamp(self, key: bytes) -> int:
+        """Which put of ``key`` counts now; 0 when it is not held."""
+        return self._stamp_of.get(key, 0)
+
+    def vanished(self, key: bytes, stamp: int) -> None:
+        """The store said that it lacks ``key``, asked when its put was ``stamp``."""
+        if stamp and self.stamp(key) == stamp:
+            self.forget([key])
 
     def touch(self, key: bytes) -> None:
         """``key`` was used."""

@@ -1,4 +1,4 @@
-"""Any `RemoteConnector` as a tier: deadlines, breaker, bounded queues, quota, envelope.
+"""Any `RemoteConnector` as a tier: what it holds, its quota, and the envelope of every chunk.
 
 Owner-thread methods queue jobs on the tier's executor and return at once; answers come
 back through the runtime's completions.  A job touches only its own chunks' slots, which
@@ -7,11 +7,8 @@ the owner keeps (WRITING or pinned) until the job has settled.
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from lmcache_core import envelope
@@ -19,34 +16,20 @@ from lmcache_core.config import TierConfig
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.metrics import Metrics
 from lmcache_core.sdk import (
-    CLOSE_LIMIT_S,
-    BackendClosed,
-    BackendUnavailable,
     Buffer,
     GetResult,
-    LMCacheError,
     OpContext,
     ReleaseToken,
     RemoteConnector,
     ScanEntry,
+    Sharing,
     Status,
     SupportsScan,
 )
+from lmcache_core.tiers.calls import Calls
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.quota import Quota
-from lmcache_core.transfer.breaker import Breaker
 from lmcache_core.transfer.executor import Lane, Runtime
-
-_TOLD_BY_STORE = {Status.OK, Status.MISS, Status.SIZE_MISMATCH, Status.CORRUPT, Status.REJECTED}
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call, from its queueing until it has settled.  ``deadline_s`` is known once it
-    has started: waiting for a thread of ours is no fault of the store."""
-
-    deadline_s: float = math.inf
-    overdue: bool = False
 
 
 class RemoteTier:
@@ -77,15 +60,8 @@ class RemoteTier:
         self._layout = layout
         self._runtime = runtime
         self._metrics = metrics
-        threads = max(1, min(config.threads, connector.capabilities.max_concurrency))
-        self._executor = runtime.executor(
-            f"lmc-{name}", threads=threads, max_queued=config.max_queued
-        )
-        self._breaker = Breaker(
-            failures_to_open=config.failures_to_open, probe_interval_s=config.probe_interval_s
-        )
-        self._calls: dict[int, _Call] = {}
-        self._call_ids = itertools.count()
+        self._calls = Calls(name, connector, config=config, runtime=runtime, count=self.count)
+        self._absent: OrderedDict[bytes, float] = OrderedDict()
         self._quota = Quota(config.size_bytes)
         self._waiting: deque[tuple[HostChunk, int, Callable[[Status], None]]] = deque()
         self._max_batch = max(1, min(connector.capabilities.max_batch, 128))
@@ -97,17 +73,17 @@ class RemoteTier:
     @property
     def available(self) -> bool:
         """Whether requests may use the tier now."""
-        return not self._breaker.is_open and self._host.lost_bytes <= self.config.max_lost_bytes
+        return self._calls.allowed and self._host.lost_bytes <= self.config.max_lost_bytes
 
     @property
     def unavailable_reason(self) -> str:
         """Why the breaker is open; "" while closed."""
-        return self._breaker.reason
+        return self._calls.refusal
 
     @property
     def settling(self) -> bool:
         """Whether answers are still to come in time."""
-        return self.available and any(not call.overdue for call in self._calls.values())
+        return self.available and self._calls.in_time
 
     @property
     def used_bytes(self) -> int:
@@ -117,6 +93,9 @@ class RemoteTier:
     def recover(self) -> None:
         """Learn what an earlier process left, with its sizes; blocks; called at open."""
         if not isinstance(self.connector, SupportsScan) or not self.connector.capabilities.scan:
+            return
+        if not self.config.size_bytes and self.connector.capabilities.sharing is Sharing.CLUSTER:
+            # Its own server bounds it, and what it holds may be millions of others' chunks.
             return
         ctx = OpContext(deadline_s=self._runtime.now_s() + 60.0)
         entries: list[ScanEntry] = sorted(
@@ -130,26 +109,43 @@ class RemoteTier:
         """Whether ``key`` is stored here, leaving, or on its way here, as far as we know."""
         return key in self._quota or any(chunk.key == key for chunk, _, _ in self._waiting)
 
-    def exists(self, keys: Sequence[bytes], done: Callable[[list[bool]], None]) -> None:
-        """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order."""
+    def exists(self, keys: Sequence[bytes], done: Callable[[list[bool], str], None]) -> None:
+        """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order, and why the
+        store could not be asked ("" when it could).
+
+        What it lacked a moment ago is not asked again.
+        """
         if not self.available:
             self.count("skipped_breaker", len(keys))
-            done([False] * len(keys))
+            done([False] * len(keys), "breaker")
             return
         answers = [False] * len(keys)
-        waiting = len(range(0, len(keys), self._max_batch))
+        asked = self._not_known_absent(keys)
+        stamps = [self._quota.stamp(keys[i]) for i in asked]
+        self.count("skipped_absent", len(keys) - len(asked))
+        waiting = len(range(0, len(asked), self._max_batch))
+        why = ""
+        if not waiting:
+            done(answers, why)
+            return
 
         def settle(start: int, statuses: Sequence[Status]) -> None:
-            nonlocal waiting
-            for i, status in enumerate(statuses):
-                answers[start + i] = status is Status.OK
+            nonlocal waiting, why
+            for position, status in enumerate(statuses, start):
+                key = keys[asked[position]]
+                answers[asked[position]] = status is Status.OK
+                if status is Status.MISS:
+                    self._quota.vanished(key, stamps[position])
+                    self._note_absent(key)
+                elif status is not Status.OK:
+                    why = "deadline" if status is Status.TIMED_OUT else "failed"
             waiting -= 1
             if not waiting:
-                done(answers)
+                done(answers, why)
 
-        for start in range(0, len(keys), self._max_batch):
-            batch = list(keys[start : start + self._max_batch])
-            self._call(
+        for start in range(0, len(asked), self._max_batch):
+            batch = [keys[i] for i in asked[start : start + self._max_batch]]
+            self._calls.start(
                 "exists",
                 Lane.LOAD,
                 len(batch),
@@ -157,11 +153,17 @@ class RemoteTier:
                 partial(settle, start),
             )
 
-    def fetch(self, chunk: HostChunk, done: Callable[[Status], None]) -> None:
+    def fetch(
+        self,
+        chunk: HostChunk,
+        done: Callable[[Status | None], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Fill the WRITING ``chunk``; OK only when its envelope was verified.
 
         ``done`` comes when nobody but the owner can touch the slot any more, or with
-        ABANDONED, in which case the slot is to be lost.
+        ABANDONED, in which case the slot is to be lost; with None when nothing was tried,
+        since ``wanted``, asked in the worker's thread, had turned False.
         """
         slot = self._host.slot(chunk)
         buffer = self._buffer(chunk, slot)
@@ -193,7 +195,11 @@ class RemoteTier:
                 self.delete([chunk.key])
             done(status)
 
-        self._call("get", Lane.LOAD, 1, run, answered)
+        def cancelled() -> None:
+            self.count("cancelled")
+            done(None)
+
+        self._calls.start("get", Lane.LOAD, 1, run, answered, wanted=wanted, cancelled=cancelled)
 
     def store(self, chunk: HostChunk, done: Callable[[Status], None]) -> None:
         """Write the pinned, SEALED ``chunk``; ``done`` when its slot is the owner's again.
@@ -220,7 +226,7 @@ class RemoteTier:
         for start in range(0, len(keys), self._max_batch):
             batch = list(keys[start : start + self._max_batch])
             self._quota.delete_started(batch)
-            self._call(
+            self._calls.start(
                 "delete",
                 Lane.STORE,
                 len(batch),
@@ -233,102 +239,23 @@ class RemoteTier:
         return self._quota.keys_of(tag)
 
     def tick(self) -> None:
-        """Notice overdue calls and run a due probe; called in every poll."""
-        now_s = self._runtime.now_s()
-        for call in self._calls.values():
-            if not call.overdue and now_s > call.deadline_s + 0.25:
-                call.overdue = True
-                self.count("overdue")
-                self._failed("a call is past its deadline", fatal=True)
-        if self._breaker.wants_probe(now_s):
-            self.count("probes")
-            self._call("probe", Lane.LOAD, 1, self._probe, self._probed)
+        """Notice overdue calls; called in every poll."""
+        self._calls.tick()
 
     def close(self, timeout_s: float) -> bool:
         """Close executor and connector, each within its limit; False when a call still runs."""
-        clean = self._executor.close(timeout_s)
-        closed = self._runtime.bounded(self._close_connector, CLOSE_LIMIT_S)
-        if not closed:
-            self.count("close_overdue")
-        return clean and closed
+        return self._calls.close(timeout_s)
 
-    def _close_connector(self) -> None:
-        try:
-            self.connector.close()
-        except Exception:  # a foreign close must not keep the engine from closing
-            self.count("close_failed")
+    def _not_known_absent(self, keys: Sequence[bytes]) -> list[int]:
+        """Indices of the ``keys`` that the store did not lack a moment ago."""
+        now_s = self._runtime.now_s()
+        return [i for i, key in enumerate(keys) if self._absent.get(key, 0.0) <= now_s]
 
-    def _probe(self, ctx: OpContext) -> list[Status]:
-        return [Status.OK if self.connector.health(ctx).ok else Status.FAILED]
-
-    def _probed(self, statuses: list[Status]) -> None:
-        self._breaker.probed(self._runtime.now_s(), ok=statuses[0] is Status.OK)
-
-    def _call(
-        self,
-        op: str,
-        lane: Lane,
-        width: int,
-        run: Callable[[OpContext], list[Status]],
-        answered: Callable[[list[Status]], None],
-    ) -> None:
-        """Queue ``run``; ``answered`` gets ``width`` statuses in the owner thread, always.
-
-        A load has its deadline from now on, since a request waits for it; a store from when
-        it starts.
-        """
-        call_id = next(self._call_ids)
-        call = self._calls[call_id] = _Call()
-        latest_s = self._runtime.now_s() + self.config.deadline_s if lane is Lane.LOAD else math.inf
-
-        def settle(statuses: list[Status], error: LMCacheError | None) -> None:
-            del self._calls[call_id]
-            if op != "probe":
-                self._judge(op, statuses, error)
-            answered(statuses)
-
-        def refuse() -> None:
-            del self._calls[call_id]
-            self.count(f"dropped_queue.{op}", width)
-            answered([Status.FAILED] * width)
-
-        def job() -> None:
-            now_s = self._runtime.now_s()
-            if now_s >= latest_s:
-                self._runtime.completions.post(refuse)
-                return
-            call.deadline_s = min(latest_s, now_s + self.config.deadline_s)
-            error: LMCacheError | None = None
-            try:
-                statuses = run(OpContext(deadline_s=call.deadline_s))
-                if len(statuses) != width:
-                    raise LMCacheError("an answer of the wrong length", op=op)
-            except Exception as caught:  # the boundary to foreign code: counted, never lost
-                error = caught if isinstance(caught, LMCacheError) else LMCacheError(repr(caught))
-                statuses = [Status.FAILED] * width
-            self._runtime.completions.post(lambda: settle(statuses, error))
-
-        if not self._executor.submit(job, lane):
-            self._runtime.completions.post(refuse)
-
-    def _judge(self, op: str, statuses: Sequence[Status], error: LMCacheError | None) -> None:
-        if error is not None:
-            self.count(f"error.{type(error).__name__}")
-            fatal = isinstance(error, (BackendUnavailable, BackendClosed))
-            self._failed(str(error), fatal=fatal)
-        elif any(s in (Status.TIMED_OUT, Status.ABANDONED) for s in statuses):
-            self._failed(f"{op} missed its deadline", fatal=True)
-        elif any(s in _TOLD_BY_STORE for s in statuses):
-            self._breaker.success()
-        else:
-            self._failed(f"{op} failed", fatal=False)
-        for status in statuses:
-            if status not in (Status.OK, Status.MISS):
-                self.count(f"{op}.{status.value}")
-
-    def _failed(self, reason: str, *, fatal: bool) -> None:
-        if self._breaker.failure(self._runtime.now_s(), reason, fatal=fatal):
-            self.count("breaker_opened")
+    def _note_absent(self, key: bytes) -> None:
+        self._absent[key] = self._runtime.now_s() + self.config.negative_ttl_s
+        self._absent.move_to_end(key)
+        if len(self._absent) > self.config.max_negative_keys:
+            self._absent.popitem(last=False)
 
     def _buffer(self, chunk: HostChunk, view: memoryview) -> Buffer:
         region = self._host.arena.region
@@ -361,6 +288,7 @@ class RemoteTier:
             ok = statuses[0] is Status.OK
             self._quota.put_ended(chunk.key, chunk.parent, ok=ok)
             if ok:
+                self._absent.pop(chunk.key, None)
                 self.count("stored")
                 self.count("stored_bytes", nbytes)
             else:
@@ -369,7 +297,7 @@ class RemoteTier:
             done(statuses[0])
 
         self._quota.put_started(chunk.key, nbytes)
-        self._call("put", Lane.STORE, 1, run, answered)
+        self._calls.start("put", Lane.STORE, 1, run, answered)
 
     def _pump(self) -> None:
         """Start the waiting puts that fit; have older chunks deleted for the others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from lmcache_core.tiers.remote import RemoteTier
 
@@ -19,20 +20,16 @@ class TierStack:
         """Whether a call is in flight that is not overdue."""
         return any(tier.settling for tier in self.readable)
 
-    def residency(self, keys: Sequence[bytes], done: Callable[[list[list[bool]]], None]) -> None:
-        """Ask every tier for ``keys`` at once; ``done`` gets one row a tier, in order."""
-        rows: list[list[bool]] = [[] for _ in self.readable]
-        waiting = len(rows)
+    def residency(
+        self, keys: Sequence[bytes], answered: Callable[[int, list[bool], str], None]
+    ) -> None:
+        """Ask every tier for ``keys`` at once.
 
-        def answer(position: int, present: list[bool]) -> None:
-            nonlocal waiting
-            rows[position] = present
-            waiting -= 1
-            if not waiting:
-                done(rows)
-
+        ``answered`` gets, as each answers, its position, one answer a key, and why it could
+        not be asked ("" when it could).
+        """
         for position, tier in enumerate(self.readable):
-            tier.exists(keys, lambda present, position=position: answer(position, present))  # type: ignore[misc]
+            tier.exists(keys, partial(answered, position))
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Remove ``keys`` everywhere, in the background."""

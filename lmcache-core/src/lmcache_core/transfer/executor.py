@@ -62,13 +62,18 @@ class Executor(Protocol):
 
 
 class ThreadExecutor:
-    """``threads`` daemon threads over one bounded queue a lane."""
+    """``threads`` daemon threads over one bounded queue a lane.
+
+    With more than one thread, stores never hold the last: a load need not wait for a slow one.
+    """
 
     def __init__(self, name: str, *, threads: int, max_queued: int) -> None:
         self._lanes: tuple[deque[Callable[[], None]], ...] = (deque(), deque())
         self._max_queued = max_queued
         self._changed = threading.Condition()
         self._closed = False
+        self._max_storing = max(1, threads - 1)
+        self._storing = 0
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
             for i in range(threads)
@@ -98,12 +103,26 @@ class ThreadExecutor:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._lanes[0] or self._lanes[1]):
+                while (lane := self._next_lane()) is None:
                     if self._closed:
                         return
                     self._changed.wait()
-                job = (self._lanes[0] or self._lanes[1]).popleft()
-            job()
+                job = self._lanes[lane].popleft()
+                self._storing += lane is Lane.STORE
+            try:
+                job()
+            finally:
+                if lane is Lane.STORE:
+                    with self._changed:
+                        self._storing -= 1
+                        self._changed.notify()
+
+    def _next_lane(self) -> Lane | None:
+        if self._lanes[Lane.LOAD]:
+            return Lane.LOAD
+        if self._lanes[Lane.STORE] and self._storing < self._max_storing:
+            return Lane.STORE
+        return None
 
 
 class Runtime:
@@ -123,6 +142,17 @@ class Runtime:
     def wait(self, timeout_s: float) -> None:
         """Let jobs run until one completes or ``timeout_s`` has passed."""
         self.completions.wait(timeout_s)
+
+    def every(self, interval_s: float, fire: Callable[[], bool]) -> None:
+        """Call ``fire`` on a daemon thread every ``interval_s`` until it returns False."""
+
+        def run() -> None:
+            while True:
+                time.sleep(interval_s)
+                if not fire():
+                    return
+
+        threading.Thread(target=run, name="lmc-every", daemon=True).start()
 
     def bounded(self, job: Callable[[], None], limit_s: float) -> bool:
         """Run ``job`` on a daemon thread; False when it takes longer than ``limit_s``."""

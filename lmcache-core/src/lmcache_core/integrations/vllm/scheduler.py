@@ -23,6 +23,7 @@ from lmcache_core.integrations.vllm.metadata import (
     WorkerMetadata,
 )
 from lmcache_core.keys import ChunkHasher
+from lmcache_core.logs import logger
 from lmcache_core.prefetch import Prefetch
 from lmcache_core.tiers.host import HostChunk
 
@@ -39,8 +40,10 @@ class _Tracked:
 
     Attributes:
         keys: stored keys of its whole chunks so far; digests are computed once.
-        ticket: its prefix on the way to host, with the first chunk and the tokens that
-            the device already had when it was asked.
+        ticket: its prefix on the way to host, from chunk ``first_chunk`` on.
+        noted: its lookup has been counted; a preempted request looks again.
+        ahead_bytes: host memory that the ticket may hold before the request's turn.
+        computed: tokens that the device had when the request was asked about last.
         tail: key of the prompt's last chunk when that is not full and such are stored, with
             the tokens of the prompt that end with its last whole block.
         offered: chunks looked at for storing, from the start.
@@ -54,6 +57,8 @@ class _Tracked:
     keys: list[bytes] = field(default_factory=list)
     ticket: Prefetch | None = None
     first_chunk: int = 0
+    ahead_bytes: int = 0
+    noted: bool = False
     computed: int = 0
     tail: bytes | None = None
     tail_end: int = 0
@@ -89,13 +94,30 @@ class Scheduler:
         self._loading: dict[int, tuple[str, Prefetch]] = {}
         self._new_loads: list[Job] = []
         self._running = 0
+        self._ahead_bytes = 0
+        self._max_ahead_bytes = engine.config.max_prefetch_bytes or engine.host.capacity_bytes // 4
+
+    def arrived(self, request: Request) -> None:
+        """A request came: its prefix starts to move to host while it waits for its turn."""
+        self._engine.poll()
+        tracked = self._track(request)
+        if tracked is None or request.skip_reading_prefix_cache or tracked.ticket is not None:
+            return
+        usable = self._usable(request)
+        self._extend_keys(tracked)
+        ahead_bytes = -(-usable // self._chunk_size) * self._engine.slot_bytes
+        if not usable or self._ahead_bytes + ahead_bytes > self._max_ahead_bytes:
+            self._count("prefetch_not_ahead")
+            return
+        self._start(tracked, usable, 0)
+        tracked.ahead_bytes = ahead_bytes
+        self._ahead_bytes += ahead_bytes
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """How many tokens after ``computed`` can be loaded; None asks again later."""
         self._engine.poll()
         tracked = self._track(request)
-        block = self._block_size
-        usable = (request.num_tokens - 1) // block * block
+        usable = self._usable(request)
         if tracked is None or request.skip_reading_prefix_cache:
             return 0, False
         if tracked.frozen or tracked.load_failed:
@@ -105,22 +127,19 @@ class Scheduler:
             return 0, False
         self._extend_keys(tracked)
         first = computed // self._chunk_size
-        if tracked.ticket is None or tracked.first_chunk != first:
+        if not self._covers(tracked, first):
             self._release(tracked)
-            last = -(-usable // self._chunk_size)
-            keys = tracked.keys[first:last]
-            if tracked.tail is not None and last > len(tracked.keys):
-                keys.append(tracked.tail)
-            parent = tracked.keys[first - 1] if first else None
-            tracked.ticket = self._engine.prefetch(keys, parent=parent)
-            tracked.first_chunk = first
+            self._start(tracked, usable, first)
         tracked.computed = computed
+        assert tracked.ticket is not None
         if not tracked.ticket.done:
             return None, False
-        count = first + len(tracked.ticket.hits())
+        hits = tracked.ticket.hits(first - tracked.first_chunk)
+        count = first + len(hits)
         end = tracked.tail_end if count > len(tracked.keys) else count * self._chunk_size
         matched = max(0, min(end, usable) - computed)
-        self._count("requested_tokens", request.num_tokens)
+        if not tracked.noted:
+            self._note_lookup(tracked, count, matched)
         if not matched:
             self._release(tracked)
             return 0, False
@@ -133,16 +152,16 @@ class Scheduler:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.ticket is None:
             return
-        ticket, tracked.ticket = tracked.ticket, None
+        ticket = self._take(tracked)
         if not matched:
             self._engine.release(ticket)
             return
         block_ids = blocks.get_block_ids()[0]
         first, count = tracked.computed // self._block_size, matched // self._block_size
-        spans = self._spans(
-            ticket.hits(), tracked.first_chunk, block_ids, range(first, first + count)
-        )
-        self._note_hits(tracked, ticket, matched)
+        chunk = tracked.computed // self._chunk_size
+        hits = ticket.hits(chunk - tracked.first_chunk)
+        spans = self._spans(hits, chunk, block_ids, range(first, first + count))
+        self._note_hits(tracked, ticket, hits, matched)
         job = Job(next(self._job_ids), request.request_id, tuple(spans), tracked.parked)
         self._loading[job.job_id] = (request.request_id, ticket)
         self._new_loads.append(job)
@@ -248,6 +267,7 @@ class Scheduler:
                 return None
             tracked = _Tracked(request, self._engine.hasher(namespace))
             self._requests[req_id] = tracked
+            self._engine.misses.saw(request.all_token_ids[: self._chunk_size], namespace)
         return tracked
 
     def _extend_keys(self, tracked: _Tracked) -> None:
@@ -273,10 +293,38 @@ class Scheduler:
             tracked.tail = self._engine.keys_of([digest], tracked.hasher.namespace)[0]
             tracked.tail_end = end
 
+    def _usable(self, request: Request) -> int:
+        """Tokens that a load may bring: whole blocks, and at least one is left to compute."""
+        return (request.num_tokens - 1) // self._block_size * self._block_size
+
+    def _start(self, tracked: _Tracked, usable: int, first: int) -> None:
+        last = -(-usable // self._chunk_size)
+        keys = tracked.keys[first:last]
+        if tracked.tail is not None and last > len(tracked.keys):
+            keys.append(tracked.tail)
+        parent = tracked.keys[first - 1] if first else None
+        tracked.ticket = self._engine.prefetch(keys, parent=parent)
+        tracked.first_chunk = first
+
+    def _covers(self, tracked: _Tracked, first: int) -> bool:
+        """Whether the ticket will say what is there from chunk ``first`` on."""
+        ticket, skipped = tracked.ticket, first - tracked.first_chunk
+        if ticket is None or skipped < 0:
+            return False
+        # A prefix that ended before says nothing about what the device does not need.
+        return not skipped or not ticket.done or len(ticket.hits()) >= skipped
+
+    def _take(self, tracked: _Tracked) -> Prefetch:
+        """The ticket, which is the caller's to release."""
+        ticket, tracked.ticket = tracked.ticket, None
+        assert ticket is not None
+        self._ahead_bytes -= tracked.ahead_bytes
+        tracked.ahead_bytes = 0
+        return ticket
+
     def _release(self, tracked: _Tracked) -> None:
         if tracked.ticket is not None:
-            self._engine.release(tracked.ticket)
-            tracked.ticket = None
+            self._engine.release(self._take(tracked))
 
     def _spans(
         self, chunks: list[HostChunk], first_chunk: int, block_ids: list[int], blocks: range
@@ -373,10 +421,32 @@ class Scheduler:
             ids.update(b for span in job.spans for b in span.block_ids)
         return frozenset(ids)
 
-    def _note_hits(self, tracked: _Tracked, ticket: Prefetch, matched: int) -> None:
+    def _note_lookup(self, tracked: _Tracked, count: int, matched: int) -> None:
+        """Count what was asked for and, when chunks are missing, why the first of them is."""
+        request, ticket = tracked.request, tracked.ticket
+        assert ticket is not None
+        tracked.noted = True
+        self._count("requested_tokens", request.num_tokens)
+        position = count - tracked.first_chunk
+        missing = len(ticket.keys) - position
+        reason = ""
+        if missing > 0:
+            first_chunk = request.all_token_ids[: self._chunk_size]
+            reason = ticket.why_missed(position) or self._engine.misses.explain(
+                ticket.keys[position], first_chunk, tracked.hasher.namespace
+            )
+            self._engine.metrics.counter(f"miss.{reason}").inc(missing)
+        logger.debug(
+            "lookup request_id=%s tokens=%d hit_tokens=%d missed_chunks=%d reason=%s",
+            request.request_id, request.num_tokens, matched, missing, reason or "none",
+        )  # fmt: skip
+
+    def _note_hits(
+        self, tracked: _Tracked, ticket: Prefetch, hits: list[HostChunk], matched: int
+    ) -> None:
         tracked.cached_tokens = {}
         at, end = tracked.computed, tracked.computed + matched
-        for i, chunk in enumerate(ticket.hits(), tracked.first_chunk):
+        for i, chunk in enumerate(hits, tracked.computed // self._chunk_size):
             upto = min((i + 1) * self._chunk_size, end)
             if upto > at:
                 tier = ticket.sources.get(chunk.key, "host")
