@@ -13,11 +13,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 nox.options.sessions = ["lint", "types", "imports", "unit"]
 nox.options.default_venv_backend = "venv"
 PYTHON = "3.11"
-TINY = ("lmcache-core", "conformance")
+PACKAGES = ("lmcache-core", "conformance", "lmcache-backend-redis")
 
 
 def install_local(session: nox.Session, *tools: str) -> None:
-    local = [arg for package in TINY for arg in ("-e", str(ROOT / package))]
+    local = [arg for package in PACKAGES for arg in ("-e", str(ROOT / package))]
     session.install("-q", *local, *tools, "-c", str(ROOT / "constraints.txt"))
 
 
@@ -33,7 +33,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict on every src."""
     install_local(session, "mypy", "types-PyYAML")
-    session.run("mypy", "lmcache-core/src", "conformance/src")
+    session.run("mypy", *(f"{package}/src" for package in PACKAGES))
 
 
 @nox.session(python=PYTHON)
@@ -55,21 +55,18 @@ def wheels(session: nox.Session) -> None:
     """Each package as a wheel, installed alone."""
     session.install("-q", "build")
     out = session.create_tmp()
-    for package in TINY:
+    for package in PACKAGES:
         session.run("python", "-m", "build", "-q", "--wheel", "--outdir", out, package, silent=True)
-    found = {
-        package: next(
-            Path(out).glob(
-                f"{package.replace('-', '_').replace('conformance', 'lmcache_conformance')}-*.whl"
-            )
-        )
-        for package in TINY
-    }
+    names = {package: package.replace("-", "_") for package in PACKAGES}
+    names["conformance"] = "lmcache_conformance"
+    found = {package: next(Path(out).glob(f"{name}-*.whl")) for package, name in names.items()}
     session.run("pip", "install", "-q", "--force-reinstall", str(found["lmcache-core"]))
     session.run("python", "-c", "import lmcache_core.sdk, sys; assert 'numpy' not in sys.modules")
     session.run("lmc", "backends")
-    session.run("pip", "install", "-q", "--find-links", out, str(found["conformance"]))
+    for package in PACKAGES[1:]:
+        session.run("pip", "install", "-q", "--find-links", out, str(found[package]))
     session.run("python", "-c", "import lmcache_conformance")
+    session.run("lmc", "backends")
 
 
 def vllm_python(session: nox.Session) -> str:
@@ -96,8 +93,9 @@ def vllm(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def demo(session: nox.Session) -> None:
-    """`make demo TINY=1`."""
+    """`make demo TINY=1`, with the disk and with Redis below host."""
     session.run("make", "demo", "TINY=1", external=True)
+    session.run("make", "demo", "TINY=1", "BACKEND=redis", external=True)
 
 
 @nox.session(python=False)

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from system import need
+
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / "build" / "venv-nox"
 SESSIONS = ("lint", "types", "imports", "unit", "wheels", "vllm", "demo")
-SYSTEM = {"gcc": "gcc", "make": "make"}
 
 
 def system_packages() -> None:
-    """Install what is missing through apt as root, else say what to install."""
-    missing = [package for program, package in SYSTEM.items() if shutil.which(program) is None]
-    if not any(Path("/usr").glob("lib*/**/libnuma.so.1")):
-        missing.append("libnuma1")
-    if not missing:
-        return
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "update", "-q"], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["apt-get", "install", "-yq", *missing], check=True)
-        return
-    sys.exit(f"error: missing {', '.join(missing)}\nhint: apt-get install {' '.join(missing)}")
+    numa = any(Path("/usr").glob("lib*/**/libnuma.so.1"))
+    need("gcc", "make", "redis-server", packages=() if numa else ("libnuma1",))
 
 
 def main() -> int:

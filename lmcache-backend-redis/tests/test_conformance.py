@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lmcache_backend_redis.conformance import RedisHarness
-
 from lmcache_conformance import ConnectorConformance
 
 

@@ -1,4 +1,9 @@
-"""A throw-away server for tests, benchmarks and the demo: loopback or a unix socket only."""
+"""A throw-away server for tests, benchmarks and the demo: loopback or a unix socket only.
+
+    python -m lmcache_backend_redis.server COMMAND {url} ...
+
+runs COMMAND with ``{url}`` replaced, and stops the server after it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -125,3 +131,21 @@ def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def main() -> int:
+    """Run the command line with a server; its exit code."""
+    if len(sys.argv) < 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        with RedisServer() as server:
+            command = [word.replace("{url}", server.unix_url) for word in sys.argv[1:]]
+            return subprocess.call(command)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,10 @@
-"""`make demo`: cold, warm, and a new process with only the disk; judged by no cache.
+"""`make demo`: cold, warm, and a new process with only a lower tier; judged by no cache.
 
 python -m lmcache_core.demo --model build/models/SmolLM2-135M-Instruct [--build build]
+    [--backend redis --url unix:///path/to/socket]
+
+With ``--url`` the new process has an empty disk and is served from that store, which must
+be empty at the start.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from rich.table import Table
 
 CHUNK_TOKENS = 256
 RUNS = ("cold", "warm", "restart")
-TIER_OF = {"cold": "", "warm": "host", "restart": "disk"}
 QUESTIONS = {
     "cold": "\n\nQuestion: Who put the short shelf behind the front desk, and in which winter "
     "did she do it?\nAnswer:",
@@ -69,9 +72,9 @@ def run_child(
     return list(json.loads(out.read_text()))
 
 
-def check(run: dict[str, Any], reference: dict[str, Any], chunked: int) -> list[str]:
-    """What is not as it must be in one run."""
-    name, tier = run["name"], TIER_OF[run["name"]]
+def check(run: dict[str, Any], reference: dict[str, Any], tier: str, chunked: int) -> list[str]:
+    """What is not as it must be in one run; ``tier`` is where its chunks should come from."""
+    name = run["name"]
     expected = {tier: chunked} if tier else {}
     prefilled = run["prompt_tokens"] - sum(expected.values())
     wrong = []
@@ -86,10 +89,10 @@ def check(run: dict[str, Any], reference: dict[str, Any], chunked: int) -> list[
     return wrong
 
 
-def table(runs: list[dict[str, Any]]) -> Table:
+def table(runs: list[dict[str, Any]], lower: str) -> Table:
     """What a person sees."""
     shown = Table(title="One document, three questions")
-    for column in ("run", "TTFT", "over cold", "prompt", "prefilled", "host", "disk", "text"):
+    for column in ("run", "TTFT", "over cold", "prompt", "prefilled", "host", lower, "text"):
         shown.add_column(column, justify="left" if column in ("run", "text") else "right")
     cold_s = runs[0]["ttft_s"]
     for run in runs:
@@ -101,7 +104,7 @@ def table(runs: list[dict[str, Any]]) -> Table:
             str(run["prompt_tokens"]),
             str(run["prefilled_tokens"]),
             str(cached.get("host", 0)),
-            str(cached.get("disk", 0)),
+            str(cached.get(lower, 0)),
             "equal" if run["text_equal"] else "DIFFERS",
         )
     return shown
@@ -112,31 +115,46 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--build", type=Path, default=Path("build"))
+    parser.add_argument("--backend", default="file")
+    parser.add_argument("--url", help="of an empty store that serves the new process")
     args = parser.parse_args()
     console = Console()
-    store = (args.build / "demo-store").resolve()
-    shutil.rmtree(store, ignore_errors=True)
-    assert not store.exists(), "the cold run must start with an empty directory"
+    lower = args.backend if args.url else "disk"
+    stores = [(args.build / f"demo-store{suffix}").resolve() for suffix in ("", "-2")]
+    for store in stores:
+        shutil.rmtree(store, ignore_errors=True)
+        assert not store.exists(), "the cold run must start with an empty directory"
+
+    def tiers(store: Path) -> list[dict[str, str]]:
+        disk = [{"host": "1GiB"}, {"url": f"file://{store}", "size": "8GiB"}]
+        return [*disk, {"url": args.url, "name": lower}] if args.url else disk
+
     base = {"model": str(args.model)}
     asked = [QUESTIONS[name] for name in RUNS]
     judge = run_child(
         console,
         "1/3 without a cache: all three questions",
         args.build,
-        {**base, "store": None, "questions": asked, "out": "reference"},
+        {**base, "tiers": [], "questions": asked, "out": "reference"},
     )
     first = run_child(
         console,
         "2/3 cold, then warm in the same process",
         args.build,
-        {**base, "store": str(store), "questions": asked[:2], "out": "first"},
+        {**base, "tiers": tiers(stores[0]), "questions": asked[:2], "out": "first"},
     )
     second = run_child(
         console,
-        "3/3 a new process: host empty, only the disk",
+        f"3/3 a new process: host {'and disk ' if args.url else ''}empty, only {lower}",
         args.build,
-        {**base, "store": str(store), "questions": asked[2:], "out": "second"},
+        {
+            **base,
+            "tiers": tiers(stores[1] if args.url else stores[0]),
+            "questions": asked[2:],
+            "out": "second",
+        },
     )
+    tier_of = {"cold": "", "warm": "host", "restart": lower}
     runs: list[dict[str, Any]] = []
     wrong: list[str] = []
     for name, got, reference in zip(RUNS, [*first, *second], judge):
@@ -144,15 +162,16 @@ def main() -> int:
         keys = ("ttft_s", "prompt_tokens", "prefilled_tokens", "cached_tokens")
         runs.append({"name": name, **{key: got[key] for key in keys}, "text_equal": equal})
         chunked = CHUNK_TOKENS * (got["shared_tokens"] // CHUNK_TOKENS)
-        wrong += check(runs[-1], reference, chunked)
-    result = {"ok": not wrong, "model": args.model.name, "backend": "file", "runs": runs}
-    (args.build / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    console.print(table(runs))
+        wrong += check(runs[-1], reference, tier_of[name], chunked)
+    result = {"ok": not wrong, "model": args.model.name, "backend": args.backend, "runs": runs}
+    suffix = f"-{args.backend}" if args.url else ""
+    (args.build / f"demo{suffix}.json").write_text(json.dumps(result, indent=1) + "\n")
+    console.print(table(runs, lower))
     for line in wrong:
         console.print(f"[red]failed[/] {line}")
     if not wrong:
         saved = sum(runs[1]["cached_tokens"].values())
-        console.print(f"Prefilled once: {saved} tokens came back, from host and from disk.")
+        console.print(f"Prefilled once: {saved} tokens came back, from host and from {lower}.")
     return int(bool(wrong))
 
 

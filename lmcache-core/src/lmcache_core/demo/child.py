@@ -1,6 +1,6 @@
 """One process of the demo: an engine, some questions, a JSON file with what happened.
 
-python -m lmcache_core.demo.child '{"model": ..., "store": ..., "questions": [...], "out": ...}'
+python -m lmcache_core.demo.child '{"model": ..., "tiers": [...], "questions": [...], "out": ...}'
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ CHUNK_TOKENS = 256
 class Session:
     """A vLLM engine stepped by hand, so that time and work of one request are exact."""
 
-    def __init__(self, model: str, store: str | None) -> None:
+    def __init__(self, model: str, tiers: list[dict[str, str]]) -> None:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
         options: dict[str, Any] = {}
-        if store is not None:
-            tiers = [{"host": "1GiB"}, {"url": f"file://{store}", "size": "8GiB"}]
+        if tiers:
             options["kv_transfer_config"] = KVTransferConfig(
                 kv_connector="LMCacheCoreConnector",
                 kv_role="kv_both",
@@ -116,7 +115,7 @@ class Session:
 def main() -> None:
     """Ask the questions of the order in ``argv[1]``."""
     order = json.loads(sys.argv[1])
-    session = Session(order["model"], order["store"])
+    session = Session(order["model"], order["tiers"])
     document = session.document()
     session.ask(session.tokenizer.encode("A warm-up that shares nothing with the document."), 2)
     results = []
