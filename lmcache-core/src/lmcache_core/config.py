@@ -1,24 +1,16 @@
-"""Typed, frozen configuration of an engine, and where it is read from.
-
-Sources, later ones win: defaults, the YAML file named by ``LMCACHE_CONFIG_FILE``, and the
-engine's own extra configuration (vLLM's ``kv_connector_extra_config``).
-"""
+"""Typed, frozen configuration of an engine; `settings` says where it is read from."""
 
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from lmcache_core.sdk import ConfigError
 
-CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -119,26 +111,12 @@ def parse_size(value: object) -> int:
     return int(float(match[1]) * unit)
 
 
-def load_config(extra: Mapping[str, Any] | None = None) -> EngineConfig:
-    """The effective configuration.
-
-    Raises:
-        ConfigError: an unreadable file, an unknown key (with the nearest name), a value of
-            the wrong type.
-    """
-    merged: dict[str, Any] = {}
-    if path := os.environ.get(CONFIG_FILE_VARIABLE):
-        merged.update(_read_yaml(Path(path)))
-    merged.update(extra or {})
-    return from_mapping(merged)
-
-
 def from_mapping(values: Mapping[str, Any]) -> EngineConfig:
     """`EngineConfig` of plain values; ``tiers`` is a list of ``{"host": SIZE}`` and
     ``{"url": URL, "size": SIZE, ...}``.
 
     Raises:
-        ConfigError: see `load_config`.
+        ConfigError: an unknown key (with the nearest name), or a value of the wrong type.
     """
     plain = dict(values)
     tiers = plain.pop("tiers", [])
@@ -161,20 +139,6 @@ def from_mapping(values: Mapping[str, Any]) -> EngineConfig:
         plain["host_bytes"] = parse_size(plain["host_bytes"])
     config: EngineConfig = _convert(plain, EngineConfig, "config")
     return msgspec.structs.replace(config, tiers=tuple(lower))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path} can't be read: {error}", hint=f"fix the file or unset {CONFIG_FILE_VARIABLE}"
-        ) from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} is not a mapping", hint="write 'key: value' lines")
-    return loaded
 
 
 def _convert(values: Mapping[str, Any], kind: type[Any], where: str) -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from lmcache_core.config import from_mapping, load_config, parse_size
+from lmcache_core.config import from_mapping, parse_size
 from lmcache_core.sdk import ConfigError
+from lmcache_core.settings import load_config
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,30 @@
-"""``lmc``: what is installed, and whether this machine is fit."""
+"""``lmc``: what is installed, whether this machine is fit, and what is configured."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lmcache_core.cli.backends import backend_rows
+from lmcache_core.cli.config import key_rows, key_table, setting_rows, settings_from
 from lmcache_core.cli.doctor import examine
+from lmcache_core.cli.init import render, write
+from lmcache_core.sdk import LMCacheError
 
 app = typer.Typer(
     help="KV cache for LLM serving: look at backends and at this machine.",
     no_args_is_help=True,
     add_completion=False,
 )
+config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -48,6 +54,66 @@ def doctor(
     rows = examine(directory)
     _show(rows, ["check", "state", "found", "hint"], as_json)
     raise typer.Exit(int(any(row["state"] == "fail" for row in rows)))
+
+
+@config_app.command(epilog="Examples:  lmc config show   |   lmc config show --file kv.yaml --json")
+def show(
+    file: Annotated[
+        Path | None, typer.Option(help="Read this file instead of LMCACHE_CONFIG_FILE.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print every effective value with its source: default, file or variable.
+
+    What the engine is given as kv_connector_extra_config wins over these.
+    """
+    try:
+        settings = settings_from(file, os.environ)
+    except LMCacheError as error:
+        _fail(error)
+    for text in settings.warnings:
+        typer.echo(f"warning: {text}", err=True)
+    _show(setting_rows(settings), ["key", "value", "source"], as_json)
+
+
+@config_app.command(epilog="Examples:  lmc config keys   |   lmc config keys --markdown")
+def keys(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the docs show it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List LMCache 0.5.6's settings: mapped, refused or ignored here, and why."""
+    if markdown:
+        typer.echo(key_table(), nl=False)
+        return
+    _show(key_rows(), ["key", "fate", "note"], as_json)
+
+
+@app.command(epilog="Examples:  lmc init   |   lmc init --dir /nvme/kv --out kv.yaml")
+def init(
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("lmcache.yaml"),
+    directory: Annotated[Path, typer.Option("--dir", help="Directory of the disk tier.")] = Path(
+        "lmcache-kv"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write a commented configuration, sized for this machine."""
+    try:
+        write(out, render(directory), force=force)
+    except LMCacheError as error:
+        _fail(error)
+    transfer = (
+        '{"kv_connector": "LMCacheCoreConnector", "kv_role": "kv_both", '
+        '"kv_load_failure_policy": "recompute"}'
+    )
+    typer.echo(f"wrote {out}; serve with it:")
+    typer.echo(f"  LMCACHE_CONFIG_FILE={out} vllm serve MODEL --kv-transfer-config '{transfer}'")
+
+
+def _fail(error: LMCacheError) -> NoReturn:
+    typer.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        typer.echo(f"hint: {error.hint}", err=True)
+    raise typer.Exit(2)
 
 
 def _show(rows: Sequence[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from lmcache_core.config import EngineConfig, load_config
+from lmcache_core.config import EngineConfig
 from lmcache_core.engine import CacheEngine
 from lmcache_core.integrations.vllm.identity import engine_namespace
 from lmcache_core.integrations.vllm.scheduler import Scheduler
@@ -17,6 +17,7 @@ from lmcache_core.layout import ChunkLayout
 from lmcache_core.logs import logger
 from lmcache_core.opening import open_engine
 from lmcache_core.sdk import ConfigError
+from lmcache_core.settings import load_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
