@@ -1,6 +1,7 @@
 """Conformance suite for backends of lmcache-core."""
 
 from lmcache_conformance.harness import Harness, Memory, value, within
+from lmcache_conformance.proxy import FaultProxy, Faults
 from lmcache_conformance.suite import ConnectorConformance
 
-__all__ = ["ConnectorConformance", "Harness", "Memory", "value", "within"]
+__all__ = ["ConnectorConformance", "FaultProxy", "Faults", "Harness", "Memory", "value", "within"]

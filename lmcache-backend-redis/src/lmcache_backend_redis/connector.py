@@ -21,6 +21,7 @@ from lmcache_core.sdk import (
     BatchLoop,
     Buffer,
     Capabilities,
+    ConfigError,
     Durability,
     GetResult,
     Health,
@@ -88,9 +89,12 @@ class RedisConnector(BatchLoop):
         while any(read.result is None for read in reads):
             try:
                 self._sessions.run(lambda s: read_values(s, reads, ctx.deadline_s), ctx.deadline_s)
-            except WrongSize:
+            except (WrongSize, ServerError) as error:
+                if isinstance(error, ServerError) and error.code in AWAY:
+                    raise as_exception(error) from error
                 # The stream is out of step, so the others need another connection.
-                next(read for read in reads if read.reading).settle(Status.CORRUPT)
+                status = Status.CORRUPT if isinstance(error, WrongSize) else Status.FAILED
+                next(read for read in reads if read.reading).settle(status)
             except TimeoutError:
                 break
         for read in reads:
@@ -221,6 +225,10 @@ def server_facts(sessions: Sessions, deadline_s: float) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for reply in sessions.run(op, deadline_s):
+        if isinstance(reply, ServerError) and reply.code == "NOAUTH":
+            raise ConfigError(
+                str(reply), backend="redis", op="open", hint="give user and password in the URL"
+            )
         if isinstance(reply, ServerError) and reply.code != "NOPERM":
             raise as_exception(reply)
         found |= parse_info(reply)

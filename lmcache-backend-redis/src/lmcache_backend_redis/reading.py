@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lmcache_backend_redis.layout import Head, head_name
 from lmcache_backend_redis.wire import ServerError, Session, command
+from lmcache_backend_redis.writing import AWAY
 from lmcache_core.sdk import GetResult, Status
 
 HEAD_READS = 3
@@ -48,6 +49,7 @@ def read_values(session: Session, reads: Sequence[Read], deadline_s: float) -> N
 
     Raises:
         WrongSize: the read that is `Read.reading` has a piece of a wrong length.
+        ServerError: the server refuses that read, or all of them.
         TimeoutError: undecided reads stay undecided.
     """
     left = [read for read in reads if read.result is None]
@@ -77,6 +79,8 @@ def _read_heads(
         if data is None:
             read.settle(Status.MISS)
         elif isinstance(data, ServerError):
+            if data.code in AWAY:
+                raise data
             read.settle(Status.FAILED)
         elif head is None:
             read.settle(Status.CORRUPT)

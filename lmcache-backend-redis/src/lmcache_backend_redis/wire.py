@@ -17,6 +17,7 @@ Part = bytes | memoryview
 _LINE_LIMIT = 64 << 10
 _IOV_LIMIT = 512
 CRLF = b"\r\n"
+NIL = b"$-1\r\n"
 
 
 class ServerError(Exception):
@@ -180,7 +181,7 @@ class Session:
 
         Raises:
             WrongSize: a string of another length.  The wire must be closed.
-            ServerError: an error reply.
+            ServerError: an error reply.  Then, too, when more replies are on their way.
         """
         assert self._start == self._end, "a reply was left unread"
         expected = b"$%d\r\n" % len(target)
@@ -193,12 +194,14 @@ class Session:
             if rest == expected[4:] and end == CRLF:
                 return True
             raise WrongSize("a piece has another length than its head says")
+        if head == NIL[:4]:
+            # Not a byte more: the next reply may be here already.
+            self._wire.receive([self._small[4:5]], deadline_s)
+            return False
+        if bytes(head[:1]) == b"$":
+            raise WrongSize("a piece has another length than its head says")
         self._buffer[:4] = head
         self._start, self._end = 0, 4
-        if bytes(head[:1]) == b"$":
-            if self._line(deadline_s) == b"$-1":
-                return False
-            raise WrongSize("a piece has another length than its head says")
         answer = self.reply(deadline_s)
         if isinstance(answer, ServerError):
             raise answer
