@@ -245,6 +245,8 @@ class CacheEngine:
             self.host.seal(chunk)
             if not doomed:
                 self._demote(chunk)
+        for tier in self.tiers.writable:
+            tier.start_stores()
         self.metrics.counter("host.stored").inc(0 if stale else len(chunks))
 
     def abort(self, chunks: Sequence[HostChunk]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from lmcache_core import envelope
 from lmcache_core.config import TierConfig
@@ -30,6 +31,15 @@ from lmcache_core.tiers.calls import Calls
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.quota import Quota
 from lmcache_core.transfer.executor import Lane, Runtime
+
+PUT_BYTES = 4 << 20
+"""Chunks are put together until they have so many bytes."""
+
+
+class _Put(NamedTuple):
+    chunk: HostChunk
+    nbytes: int
+    done: Callable[[Status], None]
 
 
 class RemoteTier:
@@ -63,7 +73,7 @@ class RemoteTier:
         self._calls = Calls(name, connector, config=config, runtime=runtime, count=self.count)
         self._absent: OrderedDict[bytes, float] = OrderedDict()
         self._quota = Quota(config.size_bytes)
-        self._waiting: deque[tuple[HostChunk, int, Callable[[Status], None]]] = deque()
+        self._waiting: deque[_Put] = deque()
         self._max_batch = max(1, min(connector.capabilities.max_batch, 128))
 
     def count(self, event: str, amount: int = 1) -> None:
@@ -107,7 +117,7 @@ class RemoteTier:
 
     def holds(self, key: bytes) -> bool:
         """Whether ``key`` is stored here, leaving, or on its way here, as far as we know."""
-        return key in self._quota or any(chunk.key == key for chunk, _, _ in self._waiting)
+        return key in self._quota or any(put.chunk.key == key for put in self._waiting)
 
     def exists(self, keys: Sequence[bytes], done: Callable[[list[bool], str], None]) -> None:
         """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order, and why the
@@ -202,12 +212,13 @@ class RemoteTier:
         self._calls.start("get", Lane.LOAD, 1, run, answered, wanted=wanted, cancelled=cancelled)
 
     def store(self, chunk: HostChunk, done: Callable[[Status], None]) -> None:
-        """Write the pinned, SEALED ``chunk``; ``done`` when its slot is the owner's again.
+        """Queue a write of the pinned, SEALED ``chunk`` until `start_stores`; ``done`` when its
+        slot is the owner's again.
 
         Where the quota is full the put waits until older chunks are confirmed deleted, so
         the tier never holds more than ``size_bytes``.
         """
-        nbytes = envelope.stored_bytes(chunk.payload_bytes)
+        put = _Put(chunk, envelope.stored_bytes(chunk.payload_bytes), done)
         if not self.available:
             self.count("dropped_breaker")
             done(Status.FAILED)
@@ -218,8 +229,31 @@ class RemoteTier:
             self.count("dropped_queue.put")
             done(Status.REJECTED)
         else:
-            self._waiting.append((chunk, nbytes, done))
-            self._pump()
+            self._waiting.append(put)
+
+    def start_stores(self) -> None:
+        """Start the queued puts that fit, small chunks several a call; have older chunks deleted
+        for the others, which start once that is confirmed."""
+        batch: list[_Put] = []
+        while self._waiting:
+            put = self._waiting[0]
+            if not self._quota.fits(put.nbytes):
+                if self.available and put.nbytes <= self.config.size_bytes:
+                    self._evict(sum(waiting.nbytes for waiting in self._waiting))
+                    if self._quota.has_leaving:
+                        break
+                self._waiting.popleft()
+                self.count("dropped_full")
+                put.done(Status.REJECTED)
+                continue
+            self._waiting.popleft()
+            self._quota.put_started(put.chunk.key, put.nbytes)
+            batch.append(put)
+            if sum(p.nbytes for p in batch) >= PUT_BYTES or len(batch) == self._max_batch:
+                self._put(batch)
+                batch = []
+        if batch:
+            self._put(batch)
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Remove ``keys`` in the background; their room is free once that is confirmed."""
@@ -268,52 +302,41 @@ class RemoteTier:
             token=ReleaseToken(chunk.offset),
         )
 
-    def _put(self, chunk: HostChunk, nbytes: int, done: Callable[[Status], None]) -> None:
-        slot = self._host.slot(chunk)
-        buffer = self._buffer(chunk, slot.toreadonly())
+    def _put(self, batch: list[_Put]) -> None:
+        keys = [put.chunk.key for put in batch]
 
         def run(ctx: OpContext) -> list[Status]:
-            with chunk.frame_lock:
-                if not chunk.framed:
-                    envelope.seal(
-                        slot,
-                        key=chunk.key,
-                        layout=self._layout.fingerprint,
-                        payload_bytes=chunk.payload_bytes,
-                    )
-                    chunk.framed = True
-            return self.connector.put_from([chunk.key], [buffer], ctx)
+            sources = [self._sealed(put.chunk) for put in batch]
+            return self.connector.put_from(keys, sources, ctx)
 
         def answered(statuses: list[Status]) -> None:
-            ok = statuses[0] is Status.OK
-            self._quota.put_ended(chunk.key, chunk.parent, ok=ok)
-            if ok:
-                self._absent.pop(chunk.key, None)
-                self.count("stored")
-                self.count("stored_bytes", nbytes)
-            else:
-                # In doubt: the room stays taken until a delete is confirmed.
-                self.delete([chunk.key])
-            done(statuses[0])
+            for put, status in zip(batch, statuses):
+                self._quota.put_ended(put.chunk.key, put.chunk.parent, ok=status is Status.OK)
+                if status is Status.OK:
+                    self._absent.pop(put.chunk.key, None)
+                    self.count("stored")
+                    self.count("stored_bytes", put.nbytes)
+            doubtful = [key for key, s in zip(keys, statuses) if s is not Status.OK]
+            # The room stays taken until their delete is confirmed.
+            self.delete(doubtful)
+            for put, status in zip(batch, statuses):
+                put.done(status)
 
-        self._quota.put_started(chunk.key, nbytes)
-        self._calls.start("put", Lane.STORE, 1, run, answered)
+        self._calls.start("put", Lane.STORE, len(batch), run, answered)
 
-    def _pump(self) -> None:
-        """Start the waiting puts that fit; have older chunks deleted for the others."""
-        while self._waiting:
-            chunk, nbytes, done = self._waiting[0]
-            if not self._quota.fits(nbytes):
-                if self.available and nbytes <= self.config.size_bytes:
-                    self._evict(sum(item[1] for item in self._waiting))
-                    if self._quota.has_leaving:
-                        return
-                self._waiting.popleft()
-                self.count("dropped_full")
-                done(Status.REJECTED)
-                continue
-            self._waiting.popleft()
-            self._put(chunk, nbytes, done)
+    def _sealed(self, chunk: HostChunk) -> Buffer:
+        """The slot with its envelope's header, which the first tier that needs it writes."""
+        slot = self._host.slot(chunk)
+        with chunk.frame_lock:
+            if not chunk.framed:
+                envelope.seal(
+                    slot,
+                    key=chunk.key,
+                    layout=self._layout.fingerprint,
+                    payload_bytes=chunk.payload_bytes,
+                )
+                chunk.framed = True
+        return self._buffer(chunk, slot.toreadonly())
 
     def _evict(self, nbytes: int) -> None:
         victims = self._quota.choose_victims(nbytes)
@@ -325,7 +348,6 @@ class RemoteTier:
         gone = [key for key, status in zip(keys, statuses) if status is Status.OK]
         self._quota.delete_ended(keys, gone)
         if len(gone) < len(keys) and self._waiting:
-            _, _, done = self._waiting.popleft()
             self.count("dropped_full")
-            done(Status.REJECTED)
-        self._pump()
+            self._waiting.popleft().done(Status.REJECTED)
+        self.start_stores()
