@@ -48,6 +48,10 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     max_negative_keys: int = 65_536
     max_lost_bytes: int = 256 << 20
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "threads", "max_queued", "failures_to_open")
+        _require_duration(self, "deadline_s", "probe_interval_s")
+
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything a `CacheEngine` is told.
@@ -88,12 +92,20 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     numa_node: int = -1
 
     def __post_init__(self) -> None:
-        for name in ("host_bytes", "chunk_size", "copy_threads"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="give more than 0")
-        for name in ("lookup_deadline_s", "close_timeout_s"):
-            if not 0 < getattr(self, name) <= 3600:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint="give 0 to 3600 s")
+        _require_positive(self, "host_bytes", "chunk_size", "copy_threads")
+        _require_duration(self, "lookup_deadline_s", "close_timeout_s")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}", hint="give more than 0")
+
+
+def _require_duration(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) <= 3600:
+            raise ConfigError(f"{name} is {getattr(config, name)}", hint="give 0 to 3600 s")
 
 
 def parse_size(value: object) -> int:
@@ -104,7 +116,7 @@ def parse_size(value: object) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(value))
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ConfigError(f"{value!r} is not a size", hint='write it like "20GiB" or "500MB"')
@@ -129,14 +141,14 @@ def from_mapping(values: Mapping[str, Any]) -> EngineConfig:
         if "host" in tier:
             if position or len(tier) > 1:
                 raise ConfigError("host must be the first tier, alone", hint="- host: 20GiB")
-            plain["host_bytes"] = parse_size(tier["host"])
+            plain["host_bytes"] = tier["host"]
             continue
         entry = dict(tier)
         if "size" in entry:
-            entry["size_bytes"] = parse_size(entry.pop("size"))
+            if "size_bytes" in entry:
+                raise ConfigError(f"tiers[{position}]: size and size_bytes", hint="keep one")
+            entry["size_bytes"] = entry.pop("size")
         lower.append(_convert(entry, TierConfig, f"tiers[{position}]"))
-    if "host_bytes" in plain:
-        plain["host_bytes"] = parse_size(plain["host_bytes"])
     config: EngineConfig = _convert(plain, EngineConfig, "config")
     return msgspec.structs.replace(config, tiers=tuple(lower))
 
@@ -149,7 +161,15 @@ def _convert(values: Mapping[str, Any], kind: type[Any], where: str) -> Any:
             near = difflib.get_close_matches(str(name), known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {name!r}", hint=hint)
+    sized: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            sized[name] = parse_size(value) if name.endswith("_bytes") else value
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {name}: {error.message}", hint=error.hint) from None
     try:
-        return msgspec.convert(dict(values), kind, strict=False)
+        return msgspec.convert(sized, kind, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}", hint="see the documentation of the key") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from None

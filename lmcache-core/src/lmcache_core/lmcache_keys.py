@@ -6,9 +6,13 @@ table.  A key that holds LMCache's default, or nothing, is accepted whatever its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import quote
+
+import msgspec
 
 from lmcache_core.sdk import ConfigError
 
@@ -27,7 +31,8 @@ _GROUPS: tuple[tuple[Fate, str, str], ...] = (
     ("mapped", "huge_pages", "local_cpu_use_hugepages"),
     ("mapped", "tier file://PATH", "local_disk"),
     ("mapped", "size of that tier, in GiB", "max_local_disk_size"),
-    ("mapped", "tier at that URL; mooncakestore:// becomes mooncake://", "remote_url"),
+    ("mapped", "tier at that URL, named remote; mooncakestore:// becomes mooncake://, resp:// and "
+     "valkey:// redis://, fs:// file://", "remote_url"),
     ("mapped", "tier gds://PATH", "gds_path"),
     ("mapped", "store_decode", "save_decode_cache"),
     ("mapped", "store_partial_chunk", "save_unfull_chunk"),
@@ -90,7 +95,26 @@ _DEFAULTS: dict[str, Any] = {
     "internal_api_server_port_start": 6999, "pin_timeout_sec": 300, "pin_check_interval_sec": 30,
 }  # fmt: skip
 TIER_KEYS = ("local_disk", "gds_path", "remote_url")
-_REMOTE = {"redis", "rediss", "unix", "infinistore", "mooncake", "file"}
+TIER_DETAILS = ("max_local_disk_size", "blocking_timeout_secs")
+"""They say more about the tiers that `TIER_KEYS` make."""
+RENAMED = {
+    "enable_xpyd": "enable_pd", "nixl_role": "pd_role", "nixl_peer_host": "pd_peer_host",
+    "nixl_peer_port": "pd_peer_init_port", "nixl_peer_init_port": "pd_peer_init_port",
+    "nixl_peer_alloc_port": "pd_peer_alloc_port", "nixl_proxy_host": "pd_proxy_host",
+    "nixl_proxy_port": "pd_proxy_port", "controller_url": "controller_pull_url",
+    "lmcache_worker_port": "lmcache_worker_ports", "plugin_locations": "runtime_plugin_locations",
+    "external_backends": "storage_plugins",
+}  # fmt: skip
+"""Names of LMCache's earlier releases, and what it calls them now."""
+_SCHEMES = {"mooncakestore": "mooncake", "resp": "redis", "valkey": "redis", "fs": "file"}
+_NOT_TIERS = {
+    "lm": "LMCache's own server has a protocol of its own",
+    "redis-sentinel": "sentinel addresses have no tier yet",
+    "redis-cluster": "cluster addresses have no tier yet",
+    "plugin": "install a backend package and name its URL in tiers",
+    "external": "install a backend package and name its URL in tiers",
+    "audit": "every chunk below host has checksums",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +190,7 @@ def _scalars(theirs: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     ):
         if theirs.get(name) is not None:
             made[ours] = (name, theirs[name])
-    if theirs.get("enable_async_loading"):
+    if _flag(theirs, "enable_async_loading"):
         made["load"] = ("enable_async_loading", "async")
     if theirs.get("pre_caching_hash_algorithm") == "blake3":
         made["hash_algorithm"] = ("pre_caching_hash_algorithm", "blake3")
@@ -175,15 +199,20 @@ def _scalars(theirs: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 def _tiers(theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
     tiers: list[dict[str, Any]] = []
-    if disk := theirs.get("local_disk"):
-        tier: dict[str, Any] = {"url": _file_url(str(disk))}
-        if theirs.get("max_local_disk_size"):
-            tier["size_bytes"] = int(_number(theirs, "max_local_disk_size") * GIB)
-        tiers.append(tier)
-    if path := theirs.get("gds_path"):
-        tiers.append({"url": f"gds://{path}"})
-    if url := theirs.get("remote_url"):
-        tiers.append({"url": _remote_url(str(url))})
+    if theirs.get("local_disk"):
+        url = _directory(theirs, "local_disk", "file")
+        if not theirs.get("max_local_disk_size"):
+            raise ConfigError(
+                "local_disk without max_local_disk_size, so LMCache would keep no disk tier",
+                hint="give max_local_disk_size, in GiB, or remove local_disk",
+            )
+        size = int(_number(theirs, "max_local_disk_size") * GIB)
+        tiers.append({"url": url, "size_bytes": size})
+    if theirs.get("gds_path"):
+        tiers.append({"url": _directory(theirs, "gds_path", "gds")})
+    if theirs.get("remote_url"):
+        # Its own name: with fs:// it would be a second tier named disk.
+        tiers.append({"url": _remote_url(theirs), "name": "remote"})
     if theirs.get("blocking_timeout_secs") is not None:
         for tier in tiers:
             tier["deadline_s"] = _number(theirs, "blocking_timeout_secs")
@@ -192,30 +221,44 @@ def _tiers(theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _number(theirs: Mapping[str, Any], name: str) -> float:
     try:
-        return float(theirs[name])
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"{name}: {theirs[name]!r} is not a number", hint="write it like 5.0"
-        ) from None
+        number = msgspec.convert(theirs[name], float, strict=False)
+    except msgspec.ValidationError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ConfigError(f"{name}: {theirs[name]!r} is not a number", hint="write it like 5.0")
+    return number
 
 
-def _file_url(text: str) -> str:
-    path = text.removeprefix("file://")
+def _flag(theirs: Mapping[str, Any], name: str) -> bool:
+    value = theirs.get(name)
+    try:
+        return value is not None and msgspec.convert(value, bool, strict=False)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{name}: neither true nor false", hint="write true or false") from None
+
+
+def _directory(theirs: Mapping[str, Any], name: str, scheme: str) -> str:
+    path = str(theirs[name]).removeprefix("file://")
     if not path.startswith("/") or "," in path:
         raise ConfigError(
-            f"local_disk: {text!r} is not one absolute directory",
+            f"{name} is not one absolute directory",
             hint="write file:///nvme/kv, or one tier a directory under tiers",
         )
-    return f"file://{path.rstrip('/')}"
+    return f"{scheme}://{quote(path.rstrip('/') or '/')}"
 
 
-def _remote_url(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    if scheme == "mooncakestore":
-        return f"mooncake://{rest}"
-    if scheme not in _REMOTE:
+def _remote_url(theirs: Mapping[str, Any]) -> str:
+    scheme, colon, rest = str(theirs["remote_url"]).partition("://")
+    reason = _NOT_TIERS.get(scheme, "") if colon else "it is not a URL"
+    if "," in rest.rpartition("@")[2].partition("/")[0]:
+        reason = reason or "it names several hosts"
+    if reason:
+        # Without its scheme it may be anything, a password too.
+        named = f"no backend serves {scheme}://: " if colon else ""
         raise ConfigError(
-            f"remote_url: no backend serves {scheme}://",
+            f"remote_url: {named}{reason}",
             hint="name the tier under tiers; lmc backends lists what is installed",
         )
-    return url
+    if scheme == "fs":
+        return f"file:///{rest.partition('/')[2]}"
+    return f"{_SCHEMES.get(scheme, scheme)}://{rest}"

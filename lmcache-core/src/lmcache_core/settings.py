@@ -17,14 +17,16 @@ import msgspec
 import yaml
 
 from lmcache_core.config import EngineConfig, from_mapping
-from lmcache_core.lmcache_keys import KEYS, TIER_KEYS, translate
+from lmcache_core.lmcache_keys import KEYS, RENAMED, TIER_DETAILS, translate
 from lmcache_core.logs import logger
 from lmcache_core.sdk import ConfigError
 
 CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 _PREFIX = "LMCACHE_"
 OWN_KEYS = tuple(field.name for field in msgspec.structs.fields(EngineConfig))
-_HOST = ("host_bytes", "max_local_cpu_size")
+_EXTRA = "kv_connector_extra_config"
+_THEIR_PREFIX = "lmcache."
+"""LMCache marks its keys with it in the engine's extra configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,63 +70,78 @@ def load_settings(
     sources: dict[str, str] = {}
     warnings: list[str] = []
     if path := environ.get(CONFIG_FILE_VARIABLE):
-        found = _read_yaml(Path(path))
-        values |= found
-        sources |= {str(key): path for key in found}
+        _add(values, sources, _read_yaml(Path(path)), path)
     for name, value in _variables(environ, warnings).items():
-        values[name] = value
-        sources[name] = f"variable {_PREFIX}{name.upper()}"
-    values |= extra or {}
-    sources |= {str(key): "kv_connector_extra_config" for key in extra or {}}
+        _add(values, sources, {name: value}, f"variable {_PREFIX}{name.upper()}")
+    plain = [(str(key).removeprefix(_THEIR_PREFIX), value) for key, value in (extra or {}).items()]
+    if len(dict(plain)) < len(plain):
+        raise ConfigError(
+            f"{_EXTRA}: a key stands there with and without {_THEIR_PREFIX}", hint="keep one"
+        )
+    _add(values, sources, dict(plain), _EXTRA)
     return _settle(values, sources, warnings)
+
+
+def _add(
+    values: dict[str, Any], sources: dict[str, str], found: Mapping[Any, Any], source: str
+) -> None:
+    """Lay one source over those before it.  The host tier counts as ``host_bytes``, so that a
+    later source can change it alone."""
+    new: dict[str, Any] = {}
+    for written, value in found.items():
+        name = RENAMED.get(str(written), str(written))
+        parts = {name: value}
+        if name == "tiers" and isinstance(value, (list, tuple)) and value:
+            first = value[0]
+            if isinstance(first, Mapping) and set(first) == {"host"}:
+                parts = {"host_bytes": first["host"], "tiers": value[1:]}
+        for key, part in parts.items():
+            if key in new:
+                raise ConfigError(
+                    f"{source}: {key} is given twice, which say the same thing", hint="keep one"
+                )
+            new[key] = part
+    values |= new
+    sources |= dict.fromkeys(new, source)
 
 
 def _settle(values: dict[str, Any], sources: dict[str, str], warnings: list[str]) -> Settings:
     for name in values:
         if name not in OWN_KEYS and name not in KEYS:
-            near = difflib.get_close_matches(str(name), [*OWN_KEYS, *KEYS], 1)
+            near = difflib.get_close_matches(name, [*OWN_KEYS, *KEYS], 1)
             hint = f"did you mean {near[0]!r}?" if near else "lmc config show lists every key"
             raise ConfigError(f"{sources[name]}: unknown key {name!r}", hint=hint)
     own = {name: value for name, value in values.items() if name in OWN_KEYS}
     try:
         translated = translate(values)
-        _refuse_collisions(values, sources)
-        config = from_mapping({**translated.values, **own})
     except ConfigError as error:
-        raise _with_source(error, values, sources) from None
-    named = {name: source for name, source in sources.items() if name in OWN_KEYS}
-    for ours, theirs in translated.made_from.items():
-        named.setdefault(ours, f"{sources[theirs]} ({theirs})")
-    if "tiers" in own and any("host" in t for t in own["tiers"] if isinstance(t, Mapping)):
-        named["host_bytes"] = sources["tiers"]
-    return Settings(config, named, (*warnings, *translated.warnings))
+        raise _with_source(error, sources) from None
+    made_from = translated.made_from
+    details = [("tiers", name) for name in TIER_DETAILS if values.get(name)]
+    for ours, other in [*made_from.items(), *details]:
+        if ours in own:
+            # Two names for one thing would make one of them silently lose.
+            raise ConfigError(
+                f"{ours} ({sources[ours]}) and {other} ({sources[other]}) say the same thing",
+                hint=f"keep one of them; {ours} can say more" if ours == "tiers" else "keep one",
+            )
+    named = {name: sources[name] for name in own}
+    named |= {ours: f"{sources[theirs]} ({theirs})" for ours, theirs in made_from.items()}
+    settled = {**translated.values, **own}
+    for name, value in settled.items():
+        # One by one first, so that a mistake is named with its source.
+        try:
+            from_mapping({name: value})
+        except ConfigError as error:
+            raise ConfigError(f"{named[name]}: {error.message}", hint=error.hint) from None
+    return Settings(from_mapping(settled), named, (*warnings, *translated.warnings))
 
 
-def _refuse_collisions(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Two names for one thing would make one of them silently lose."""
-    tiers = values.get("tiers")
-    host_tier = isinstance(tiers, (list, tuple)) and any(
-        isinstance(tier, Mapping) and "host" in tier for tier in tiers
-    )
-    pairs = [("tiers", name) for name in TIER_KEYS if tiers and values.get(name)]
-    pairs += [("tiers", name) for name in _HOST if host_tier and values.get(name)]
-    pairs += [_HOST] if all(values.get(name) for name in _HOST) else []
-    for ours, other in pairs:
-        raise ConfigError(
-            f"{ours} ({sources[ours]}) and {other} ({sources[other]}) say the same thing",
-            hint=f"keep one of them; {ours} can say more" if ours == "tiers" else "keep one",
-        )
-
-
-def _with_source(
-    error: ConfigError, values: Mapping[str, Any], sources: Mapping[str, str]
-) -> ConfigError:
+def _with_source(error: ConfigError, sources: Mapping[str, str]) -> ConfigError:
     """``error`` with the place of the key that it names."""
     names = re.findall(r"\w+", error.message)
-    place = next((sources[name] for name in names if name in values), "")
-    if not place or place in error.message:
-        return error
-    return ConfigError(f"{place}: {error.message}", hint=error.hint)
+    place = next((sources[name] for name in names if name in sources), "")
+    return ConfigError(f"{place}: {error.message}", hint=error.hint) if place else error
 
 
 def _variables(environ: Mapping[str, str], warnings: list[str]) -> dict[str, Any]:
@@ -148,25 +165,34 @@ def _variables(environ: Mapping[str, str], warnings: list[str]) -> dict[str, Any
                 )
             warnings.append(f"the variable {variable} is ignored: it is no setting")
             continue
-        try:
-            found[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"variable {variable} is not a YAML value: {error}",
-                hint=f"write it like {variable}=256 or {variable}='[{{host: 20GiB}}]'",
-            ) from error
+        if text.strip():
+            found[name] = _parse(
+                text,
+                f"variable {variable}",
+                f"write it like {variable}=256 or {variable}='[{{host: 20GiB}}]'",
+            )
     return found
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    hint = f"fix the file or unset {CONFIG_FILE_VARIABLE}"
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path} can't be read: {error}", hint=f"fix the file or unset {CONFIG_FILE_VARIABLE}"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}", hint=hint) from error
+    loaded = _parse(text, str(path), hint)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} is not a mapping", hint="write 'key: value' lines")
     return loaded
+
+
+def _parse(text: str, source: str, hint: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        # The parser's own words quote the text around, which may hold a password.
+        raise ConfigError(f"{source}{place}: not YAML", hint=hint) from None

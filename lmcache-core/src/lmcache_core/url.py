@@ -44,8 +44,11 @@ def split_options(
 
 
 def redact(url: str) -> str:
-    """``url`` with password and every option's value hidden, for logs and errors."""
-    text = re.sub(r"(://[^/@:]*:)[^/@]*@", r"\1***@", url)
+    """``url`` with password and every option's value hidden, for logs and errors.
+
+    A password may hold ``/`` and ``@`` unquoted, and may stand alone without a colon.
+    """
+    text = re.sub(r"(://(?!/)(?:[^/@:?]*:)?)[^?]*@", r"\1***@", url)
     return re.sub(r"([?&][^=&]+=)[^&]*", r"\1***", text)
 
 

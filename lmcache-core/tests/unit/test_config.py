@@ -53,6 +53,11 @@ def test_the_file_is_read_and_the_engines_own_settings_win(
         ({"tiers": [{"url": "file:///kv", "write": "maybe"}]}, "write"),
         ({"tiers": [{"url": "file:///kv"}, {"host": "1GiB"}]}, "first"),
         ({"tiers": [{"size": "1GiB"}]}, "url"),
+        ({"tiers": [{"url": "file:///kv", "size": 1, "size_bytes": 1}]}, "size_bytes"),
+        ({"tiers": [{"url": "file:///kv", "threads": 0}]}, "threads"),
+        ({"tiers": [{"url": "file:///kv", "deadline_s": -1}]}, "deadline_s"),
+        ({"tiers": [{"url": "file:///kv", "size": "big"}]}, "tiers[0]: size_bytes"),
+        ({"max_pending_store_bytes": "big"}, "max_pending_store_bytes"),
     ],
 )
 def test_a_mistake_is_named_with_its_place(values: dict[str, Any], words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from lmcache_core.config import EngineConfig
 from lmcache_core.lmcache_keys import KEYS
 from lmcache_core.sdk import ConfigError
 from lmcache_core.settings import OWN_KEYS, Settings, load_settings
+from lmcache_core.url import redact
 
 ROOT = Path(__file__).parents[3]
 # Names of LMCache 0.5.6, lmcache/v1/config.py.
@@ -84,6 +86,52 @@ def test_tiers_can_be_given_in_a_variable(tmp_path: Path) -> None:
     assert settings.sources["host_bytes"] == "variable LMCACHE_TIERS"
 
 
+def test_a_later_source_changes_the_host_tier_of_a_file_alone(tmp_path: Path) -> None:
+    file = {"tiers": [{"host": "2GiB"}, {"url": "file:///kv", "size": "1GiB"}]}
+    settings = load(tmp_path, file=file, environ={"LMCACHE_HOST_BYTES": "1GiB"})
+    assert settings.config.host_bytes == 1 << 30
+    assert settings.config.tiers[0].url == "file:///kv"
+    assert settings.sources["host_bytes"] == "variable LMCACHE_HOST_BYTES"
+
+
+def test_an_empty_variable_is_none(tmp_path: Path) -> None:
+    assert load(tmp_path, environ={"LMCACHE_CHUNK_SIZE": ""}).sources == {}
+
+
+def test_the_engine_may_mark_keys_as_lmcache_does(tmp_path: Path) -> None:
+    extra = {"lmcache.chunk_size": 64, "lmcache.lookup_timeout_ms": 500}
+    config = load(tmp_path, extra=extra).config
+    assert (config.chunk_size, config.lookup_deadline_s) == (64, 0.5)
+    with pytest.raises(ConfigError, match="with and without"):
+        load(tmp_path, extra={"lmcache.chunk_size": 1, "chunk_size": 2})
+
+
+def test_a_path_reaches_the_file_tier_as_it_is(tmp_path: Path) -> None:
+    file = {"local_disk": "/k v?x=1#a%20", "max_local_disk_size": 1}
+    url = load(tmp_path, file=file).config.tiers[0].url
+    assert unquote(urlsplit(url).path) == "/k v?x=1#a%20"
+
+
+@pytest.mark.parametrize("text", ["remote_url: @hush", "[{x: @}, hush", "chunk_size: 2024-99-99"])
+def test_a_broken_text_is_placed_but_not_quoted(tmp_path: Path, text: str) -> None:
+    (tmp_path / "kv.yaml").write_text(f"#\n{text}\n")
+    for environ in ({"LMCACHE_CONFIG_FILE": str(tmp_path / "kv.yaml")}, {"LMCACHE_TIERS": text}):
+        if "chunk_size" in text:
+            environ = {"LMCACHE_CONFIG_FILE": str(tmp_path / "kv.yaml")}
+        with pytest.raises(ConfigError, match="not YAML") as caught:
+            load_settings({}, environ)
+        assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("url", "shown"), [
+    ("redis://u:hush@h:1/0?password=hush&db=1", "redis://u:***@h:1/0?password=***&db=***"),
+    ("redis://:hu/s@h@h:1", "redis://:***@h:1"), ("s3://hush@bucket", "s3://***@bucket"),
+    ("redis://h:6379/0", "redis://h:6379/0"), ("file:///a:b/c@d", "file:///a:b/c@d"),
+])  # fmt: skip
+def test_urls_are_shown_without_secrets(url: str, shown: str) -> None:
+    assert redact(url) == shown
+
+
 def test_the_table_has_every_key_of_lmcache() -> None:
     assert sorted(KEYS) == sorted(NAMES)
     assert {key.fate for key in KEYS.values()} == {"mapped", "ignored", "refused"}
@@ -125,6 +173,8 @@ def test_a_configuration_of_lmcache_works_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("old", "new"), [
     ("mooncakestore://m:50051", "mooncake://m:50051"), ("infinistore://i:1", "infinistore://i:1"),
+    ("valkey://v:1", "redis://v:1"), ("resp://u:p,w@v:1", "redis://u:p,w@v:1"),
+    ("fs://host:0/kv", "file:///kv"), ("s3://bucket", "s3://bucket"),
 ])  # fmt: skip
 def test_remote_urls_become_tiers(tmp_path: Path, old: str, new: str) -> None:
     assert load(tmp_path, extra={"remote_url": old}).config.tiers[0].url == new
@@ -146,7 +196,25 @@ def test_remote_urls_become_tiers(tmp_path: Path, old: str, new: str) -> None:
         ({"local_disk": "relative"}, "absolute"),
         ({"local_disk": "/a,/b"}, "one tier a directory"),
         ({"max_local_cpu_size": "big"}, "not a number"),
-        ({"local_disk": "/a", "tiers": [{"url": "file:///b"}]}, "same thing"),
+        ({"local_disk": "/a"}, "no disk tier"),
+        ({"local_disk": "redis://u:hush@h"}, "absolute"),
+        ({"gds_path": "relative"}, "absolute"),
+        ({"max_local_cpu_size": float("inf")}, "not a number"),
+        ({"max_local_cpu_size": True}, "not a number"),
+        ({"max_local_cpu_size": 0}, "max_local_cpu_size"),
+        ({"lookup_timeout_ms": 0}, "lookup_timeout_ms"),
+        ({"enable_async_loading": "maybe"}, "neither true nor false"),
+        ({"remote_url": "redis://a:1,b:2"}, "several hosts"),
+        ({"remote_url": "secret"}, "not a URL"),
+        ({"plugin_locations": ["/a.py"]}, "code"),
+        ({"host_bytes": "9" * 400}, "not a size"),
+        ({"host_bytes": 1, "tiers": [{"host": 1}]}, "same thing"),
+        ({"lookup_deadline_s": 1, "lookup_timeout_ms": 500}, "same thing"),
+        ({"blocking_timeout_secs": 1, "tiers": [{"url": "file:///b"}]}, "same thing"),
+        (
+            {"local_disk": "/a", "max_local_disk_size": 1, "tiers": [{"url": "file:///b"}]},
+            "same thing",
+        ),
         ({"max_local_cpu_size": 1, "tiers": [{"host": "1GiB"}]}, "same thing"),
         ({"max_local_cpu_size": 1, "host_bytes": 1}, "same thing"),
     ],
@@ -159,6 +227,7 @@ def test_a_mistake_is_named_with_its_place_and_the_fix(
         load(tmp_path, **{source: values})
     assert words in str(caught.value)
     assert caught.value.hint
+    assert "hush" not in str(caught.value)
     if source == "file":
         assert "kv.yaml" in str(caught.value)
 

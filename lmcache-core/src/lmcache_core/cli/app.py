@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -106,7 +107,8 @@ def init(
         '"kv_load_failure_policy": "recompute"}'
     )
     typer.echo(f"wrote {out}; serve with it:")
-    typer.echo(f"  LMCACHE_CONFIG_FILE={out} vllm serve MODEL --kv-transfer-config '{transfer}'")
+    path = shlex.quote(str(out.absolute()))
+    typer.echo(f"  LMCACHE_CONFIG_FILE={path} vllm serve MODEL --kv-transfer-config '{transfer}'")
 
 
 def _fail(error: LMCacheError) -> NoReturn:
