@@ -189,11 +189,15 @@ class Session:
         self._wire.receive([head], deadline_s)
         if head == expected[:4]:
             rest, end = self._small[4 : len(expected)], self._small[-2:]
-            pieces = [rest, target, end] if len(rest) else [target, end]
-            self._wire.receive([piece for piece in pieces if len(piece)], deadline_s)
-            if rest == expected[4:] and end == CRLF:
+            # The whole length first: a shorter value would keep us waiting for its rest.
+            if len(rest):
+                self._wire.receive([rest], deadline_s)
+            if rest != expected[4:]:
+                raise WrongSize("a piece has another length than its head says")
+            self._wire.receive([target, end] if len(target) else [end], deadline_s)
+            if end == CRLF:
                 return True
-            raise WrongSize("a piece has another length than its head says")
+            raise ConnectionError("the peer does not speak RESP2")
         if head == NIL[:4]:
             # Not a byte more: the next reply may be here already.
             self._wire.receive([self._small[4:5]], deadline_s)
