@@ -32,7 +32,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def types(session: nox.Session) -> None:
     """mypy --strict on every src."""
-    install_local(session, "mypy", "types-PyYAML")
+    install_local(session, "mypy", "types-PyYAML", "prometheus-client")
     session.run("mypy", *(f"{package}/src" for package in PACKAGES))
 
 
@@ -46,7 +46,7 @@ def imports(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def unit(session: nox.Session) -> None:
     """Unit, property, simulation, crash and conformance tests; no engine."""
-    install_local(session, "pytest", "hypothesis")
+    install_local(session, "pytest", "hypothesis", "prometheus-client")
     session.run("pytest", "--ignore=lmcache-core/tests/vllm", *session.posargs)
 
 

@@ -68,6 +68,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         max_prefetch_bytes: host memory that prefixes of requests which still wait for their
             turn may hold; 0 takes a quarter of the host tier.
         max_pending_store_bytes: host memory that stores not yet confirmed may hold.
+        max_buffered_events: KV cache events that wait for the engine to take them.
         close_timeout_s: how long `close` waits for writes that were accepted.
         load: ``sync`` copies before the forward pass, ``async`` beside it, ``auto`` is
             sync while no other request runs.
@@ -84,6 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     lookup_deadline_s: float = 2.0
     max_prefetch_bytes: int = 0
     max_pending_store_bytes: int = 1 << 30
+    max_buffered_events: int = 65_536
     close_timeout_s: float = 5.0
     load: Literal["auto", "sync", "async"] = "auto"
     copy_threads: int = 2

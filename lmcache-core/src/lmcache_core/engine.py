@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -101,6 +102,10 @@ class CacheEngine:
         self._demoting = 0
         self._pinned: dict[bytes, HostChunk] = {}
         self._closed = False
+        self.metrics.gauge("host.used_bytes", lambda: self.host.used_bytes)
+        for tier in self.tiers.readable:
+            self.metrics.gauge(f"{tier.name}.used_bytes", partial(getattr, tier, "used_bytes"))
+            self.metrics.gauge(f"{tier.name}.available", partial(getattr, tier, "available"))
 
     def now_s(self) -> float:
         """The engine's clock."""
@@ -298,6 +303,13 @@ class CacheEngine:
     def hasher(self, namespace: Namespace) -> ChunkHasher:
         """A hasher for a derived ``namespace`` (tenant, adapter)."""
         return self._hasher if namespace is self.namespace else self._make_hasher(namespace)
+
+    def on_residency(self, changed: Callable[[str, bytes, bool], None]) -> None:
+        """Have ``changed`` told the tier, the key, and whether it is there now, in the owner's
+        thread.  What a store evicts by itself is not known."""
+        self.host.on_change = partial(changed, "host")
+        for tier in self.tiers.readable:
+            tier.on_change = partial(changed, tier.name)
 
     def flush(self, timeout_s: float) -> bool:
         """Block until lower tiers have settled what was stored, or ``timeout_s``."""

@@ -58,7 +58,7 @@ def test_an_abort_while_waiting_cancels_the_prefetch(
     engine.settle()
     host = engine.cache.host
     assert all(chunk.pins == 0 for chunk in map(host.get, host.keys()) if chunk is not None)
-    assert engine.connector.scheduler._ahead_bytes == 0
+    assert engine.connector.scheduler._lookups.ahead_bytes == 0
 
 
 def test_prefetching_ahead_is_bounded(start: Start, llama: Path, extra: dict[str, Any]) -> None:

@@ -88,6 +88,8 @@ def test_the_api_server_finds_the_connector_by_name(tmp_path: Path, extra: dict[
     try:
         first = complete(server, port, tmp_path)
         second = complete(server, port, tmp_path)
+        complete(server, port, tmp_path)
+        metrics = scrape(port)
     finally:
         server.send_signal(signal.SIGINT)
         try:
@@ -99,6 +101,27 @@ def test_the_api_server_finds_the_connector_by_name(tmp_path: Path, extra: dict[
     assert second["choices"][0]["text"] == first["choices"][0]["text"]
     assert first["kv_transfer_params"]["lmcache"]["cached_tokens"] == {}
     assert second["kv_transfer_params"]["lmcache"]["cached_tokens"] == {"host": 512}
+    assert metrics["lmcache:num_hit_tokens_total", "host"] >= 512
+    assert metrics["lmcache:num_requested_tokens_total", ""] >= 1400
+    assert metrics["lmcache:num_stored_tokens_total", ""] == 512
+    assert metrics["lmcache:local_cache_usage", ""] > 0
+    assert metrics["lmcache_core:copied_bytes_total", ""] > 0
+    assert metrics["lmcache_core:tier_writes_total", "disk"] == 2
+    assert metrics["lmcache:time_to_lookup_count", ""] >= 2
+
+
+def scrape(port: int) -> dict[tuple[str, str], float]:
+    """Our series on vLLM's own endpoint, by name and tier."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, sample.labels.get("tier", "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("lmcache")
+    }
 
 
 def complete(server: subprocess.Popen[bytes], port: int, tmp_path: Path) -> dict[str, Any]:

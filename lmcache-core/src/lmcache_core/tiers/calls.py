@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lmcache_core.config import TierConfig
+from lmcache_core.logs import EventLog
 from lmcache_core.sdk import (
     CLOSE_LIMIT_S,
     BackendClosed,
@@ -44,6 +45,7 @@ class Calls:
 
     Args:
         count: counts an event under the tier's name; thread-safe.
+        log: says what opens and closes the breaker.
     """
 
     def __init__(
@@ -54,7 +56,10 @@ class Calls:
         config: TierConfig,
         runtime: Runtime,
         count: Count,
+        log: EventLog,
     ) -> None:
+        self._name = name
+        self._log = log
         self._connector = connector
         self._config = config
         self._runtime = runtime
@@ -183,6 +188,7 @@ class Calls:
     def _failed(self, reason: str, *, fatal: bool) -> None:
         if self._breaker.failure(reason, fatal=fatal):
             self._count("breaker_opened", 1)
+            self._log.warn("breaker_opened", tier=self._name, reason=repr(reason))
             self._start_probing()
 
     def _start_probing(self) -> None:
@@ -217,3 +223,4 @@ class Calls:
     def _recovered(self) -> None:
         self._breaker.close()
         self._count("breaker_closed", 1)
+        self._log.warn("breaker_closed", tier=self._name)

@@ -75,6 +75,9 @@ class HostTier:
     Args:
         arena: the memory.
         on_evict: told the key of every chunk that leaves by eviction.
+
+    Attributes:
+        on_change: told each key that can be served from now on, and each that no longer can.
     """
 
     name = "host"
@@ -85,6 +88,7 @@ class HostTier:
         self._chunks: dict[bytes, HostChunk] = {}
         self._lru = Lru()
         self._on_evict = on_evict or (lambda key: None)
+        self.on_change: Callable[[bytes, bool], None] = lambda key, present: None
         self.lost_bytes = 0
 
     @property
@@ -142,6 +146,7 @@ class HostTier:
             return
         chunk.state = ChunkState.SEALED
         self._lru.add(chunk.key, chunk.parent)
+        self.on_change(chunk.key, True)
 
     def abort(self, chunk: HostChunk) -> None:
         """The payload will not come: free the slot."""
@@ -233,6 +238,7 @@ class HostTier:
             del self._chunks[chunk.key]
             if chunk.key in self._lru:
                 self._lru.remove(chunk.key)
+                self.on_change(chunk.key, False)
 
     def _free(self, chunk: HostChunk) -> None:
         self._allocator.free(chunk.offset)

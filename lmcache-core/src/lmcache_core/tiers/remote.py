@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lmcache_core import envelope
 from lmcache_core.config import TierConfig
 from lmcache_core.layout import ChunkLayout
+from lmcache_core.logs import EventLog
 from lmcache_core.metrics import Metrics
 from lmcache_core.sdk import (
     Buffer,
@@ -50,6 +51,9 @@ class RemoteTier:
         connector: open; the tier closes it.
         host: whose slots are read and written.
         layout: of every chunk.
+
+    Attributes:
+        on_change: told each key that was stored here, and each that was deleted.
     """
 
     def __init__(
@@ -70,7 +74,11 @@ class RemoteTier:
         self._layout = layout
         self._runtime = runtime
         self._metrics = metrics
-        self._calls = Calls(name, connector, config=config, runtime=runtime, count=self.count)
+        self._log = EventLog(runtime.now_s)
+        self._calls = Calls(
+            name, connector, config=config, runtime=runtime, count=self.count, log=self._log
+        )
+        self.on_change: Callable[[bytes, bool], None] = lambda key, present: None
         self._absent: OrderedDict[bytes, float] = OrderedDict()
         self._quota = Quota(config.size_bytes)
         self._waiting: deque[_Put] = deque()
@@ -196,12 +204,15 @@ class RemoteTier:
             status = statuses[0]
             if status is Status.OK:
                 chunk.origin = self.name
+                self.count("read_bytes", envelope.stored_bytes(chunk.payload_bytes))
                 self._quota.touch(chunk.key)
             elif status is Status.MISS:
                 self._quota.forget([chunk.key])
             elif status in (Status.CORRUPT, Status.SIZE_MISMATCH):
+                why = verdict[0] if verdict else status.value
                 self.count("corrupt")
-                self.count(f"corrupt.{verdict[0] if verdict else status.value}")
+                self.count(f"corrupt.{why}")
+                self._log.warn("chunk_corrupt", tier=self.name, why=why, key=chunk.key.hex())
                 self.delete([chunk.key])
             done(status)
 
@@ -314,6 +325,7 @@ class RemoteTier:
                 self._quota.put_ended(put.chunk.key, put.chunk.parent, ok=status is Status.OK)
                 if status is Status.OK:
                     self._absent.pop(put.chunk.key, None)
+                    self.on_change(put.chunk.key, True)
                     self.count("stored")
                     self.count("stored_bytes", put.nbytes)
             doubtful = [key for key, s in zip(keys, statuses) if s is not Status.OK]
@@ -347,6 +359,8 @@ class RemoteTier:
     def _deleted(self, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
         gone = [key for key, status in zip(keys, statuses) if status is Status.OK]
         self._quota.delete_ended(keys, gone)
+        for key in gone:
+            self.on_change(key, False)
         if len(gone) < len(keys) and self._waiting:
             self.count("dropped_full")
             self._waiting.popleft().done(Status.REJECTED)

@@ -121,4 +121,6 @@ def build_scheduler(
         [tier.name for tier in engine.tiers.readable],
         os.getpid(),
     )
-    return Scheduler(engine, block_size=plan.block_size)
+    wanted = vllm_config.kv_events_config
+    events = wanted is not None and wanted.enable_kv_cache_events
+    return Scheduler(engine, block_size=plan.block_size, events=events)

@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from lmcache_core.integrations.vllm.build import Plan, build_scheduler, plan_for
 from lmcache_core.integrations.vllm.metadata import StepMetadata
 from lmcache_core.integrations.vllm.scheduler import Scheduler
+from lmcache_core.integrations.vllm.stats import PromMetrics, Stats
 from lmcache_core.integrations.vllm.worker import Worker
 
 if TYPE_CHECKING:
@@ -141,7 +142,27 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         return self.worker.report()
 
     def take_events(self) -> Iterable[Any]:
-        return ()
+        return self.scheduler.take_events()
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        side = self._worker if self._scheduler is None else self._scheduler
+        assert side is not None
+        stats = Stats(side.stats())
+        return None if stats.is_empty() else stats
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        return Stats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PromMetrics:
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         if self._worker is not None:

@@ -6,6 +6,7 @@ step may overwrite ends there; a load is reported only when its last copy has re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +16,7 @@ from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, Wor
 from lmcache_core.integrations.vllm.pages import CpuPages
 from lmcache_core.logs import logger
 from lmcache_core.memory.arena import Arena
+from lmcache_core.metrics import Deltas, Metrics, Recent
 from lmcache_core.sdk import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class Worker:
         self._finished: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._report = WorkerMetadata()
+        self._metrics = Metrics()
+        self._deltas = Deltas(self._metrics)
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Learn where the pages are.
@@ -133,6 +137,10 @@ class Worker:
         report, self._report = self._report, WorkerMetadata()
         return report
 
+    def stats(self) -> Recent:
+        """What the copies did since the last call."""
+        return self._deltas.take()
+
     def close(self) -> None:
         """End every copy, then unmap."""
         self._pool.shutdown(wait=True, cancel_futures=False)
@@ -158,4 +166,9 @@ class Worker:
 
     def _copy(self, op: str, spans: Sequence[Span]) -> None:
         assert self._pages is not None and self._arena is not None
+        start_s = time.perf_counter()
         getattr(self._pages, op)(self._arena, spans)
+        self._metrics.histogram(f"copy.{op}_seconds").observe(time.perf_counter() - start_s)
+        block_bytes = self._payload_bytes * self._block_size // self._config.chunk_size
+        copied = sum(len(span.block_ids) for span in spans) * block_bytes
+        self._metrics.counter(f"copy.{op}_bytes").inc(copied)
