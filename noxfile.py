@@ -105,6 +105,10 @@ def bench(session: nox.Session) -> None:
     out = ["--out", "build/bench.json"]
     env = {"OMP_NUM_THREADS": "1"}
     session.run(python, "benchmarks/core.py", *out, env=env, external=True)
-    session.run("python3.11", "tools/demo.py", "--model-only", external=True)
+    session.run(python, "benchmarks/stores.py", *out, env=env, external=True)
+    for tiny in ((), ("--tiny",)):
+        session.run("python3.11", "tools/demo.py", "--model-only", *tiny, external=True)
+    tiny_model = "build/models/tiny-llama"
+    session.run(python, "benchmarks/stall.py", "--model", tiny_model, *out, env=env, external=True)
     model = "build/models/SmolLM2-135M-Instruct"
     session.run(python, "benchmarks/ttft.py", "--model", model, *out, env=env, external=True)

@@ -113,7 +113,7 @@ def test_whatever_an_engine_counts_has_a_series_of_its_own(make: Make) -> None:
     names = engine.metrics.snapshot()
     assert {"t0.corrupt", "t0.breaker_opened", "t0.skipped_breaker", "host.evicted"} <= set(names)
     unnamed = [n for n in names if series_of(n)[0] is OTHER]
-    assert unnamed == ["host.stored"], "stored tokens say it"
+    assert unnamed == []
 
 
 def test_prometheus_shows_an_engine(make: Make) -> None:
