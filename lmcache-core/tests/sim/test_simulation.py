@@ -12,7 +12,7 @@ import random
 
 import numpy as np
 import pytest
-from world import Crash, SimDisk, SimRuntime
+from world import Crash, SimDisk, SimRemote, SimRuntime
 
 from lmcache_core.config import EngineConfig, TierConfig
 from lmcache_core.connectors.file import FileConnector
@@ -22,6 +22,7 @@ from lmcache_core.keys import Namespace
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
+from lmcache_core.prefetch import Prefetch
 from lmcache_core.tiers.host import ChunkState
 from lmcache_core.tiers.remote import RemoteTier
 
@@ -33,6 +34,7 @@ LAYOUT = ChunkLayout(chunk_size=CHUNK, payload_bytes=PAYLOAD_BYTES, description=
 TIER = TierConfig(
     url="file:///kv", size_bytes=DISK_CHUNKS * SLOT_BYTES, max_queued=6, deadline_s=1.0
 )
+REMOTE = TierConfig(url="memory://", max_queued=6, deadline_s=1.0, negative_ttl_s=0.3)
 CONFIG = EngineConfig(
     host_bytes=HOST_CHUNKS * SLOT_BYTES, tiers=(TIER,), chunk_size=CHUNK, close_timeout_s=1.0
 )
@@ -62,6 +64,9 @@ class Simulation:
         self.rng = random.Random(seed)
         self.disk = SimDisk(self.rng)
         self.durability = self.rng.choice(["process", "host"])
+        self.remote = SimRemote(self.rng)
+        self.tickets: list[Prefetch] = []
+        self.prompts: dict[int, list[int]] = {}
         self.restarts = self.hits = 0
         self.engine = self.start()
 
@@ -83,13 +88,17 @@ class Simulation:
             arena=Arena.create(CONFIG.host_bytes, prefault=False, warn=lambda text: None),
             open_tiers=lambda host: [
                 RemoteTier(
-                    "disk",
-                    connector,
-                    config=TIER,
+                    name,
+                    store,
+                    config=config,
                     host=host,
                     layout=LAYOUT,
                     runtime=self.runtime,
                     metrics=metrics,
+                )
+                for name, store, config in (
+                    ("disk", connector, TIER),
+                    ("remote", self.remote, REMOTE),
                 )
             ],
             runtime=self.runtime,
@@ -105,8 +114,8 @@ class Simulation:
 
     def step(self) -> None:
         self.runtime.time_s += self.rng.choice([0.0, 0.01, 0.2])
-        if self.rng.random() < 0.5:
-            self.runtime.executors[0].stalled = False
+        for executor in self.runtime.executors:
+            executor.stalled = executor.stalled and self.rng.random() < 0.5
         action = self.rng.random()
         if action < 0.35:
             tokens = self.prompt()
@@ -115,16 +124,14 @@ class Simulation:
             tokens = self.prompt()
             self.hits += self.engine.retrieve(tokens, CheckedPages(tokens))
         elif action < 0.72:
-            ticket = self.engine.prefetch(self.engine.keys(self.prompt()))
-            if self.rng.random() < 0.5:
-                self.runtime.wait(0.01)
-            self.engine.release(ticket)
+            self.prefetch()
         elif action < 0.90:
             for _ in range(self.rng.randint(1, 15)):
                 self.runtime.wait(0.01)
             self.engine.poll()
         elif action < 0.91:
-            self.runtime.executors[0].stalled = True
+            self.rng.choice(self.runtime.executors).stalled = True
+            self.remote.trouble = self.rng.choice([0.0, 0.0, 0.1, 0.9])
             self.runtime.time_s += self.rng.choice([0.0, 0.1, 0.1, 2.0])
         elif action < 0.93:
             self.break_disk_for_a_while()
@@ -135,6 +142,25 @@ class Simulation:
         else:
             self.crash_soon()
         assert self.disk.peak_bytes <= TIER.size_bytes, "the disk tier was over its size"
+
+    def prefetch(self) -> None:
+        """Tickets overlap, are checked when they are done, and some are given up early."""
+        tokens = self.prompt()
+        keys = self.engine.keys(tokens)
+        if len(self.tickets) < 3:
+            ticket = self.engine.prefetch(keys, deadline_s=self.runtime.time_s + 0.5)
+            self.tickets.append(ticket)
+            self.prompts[id(ticket)] = tokens
+        for _ in range(self.rng.randint(0, 4)):
+            self.runtime.wait(0.01)
+            self.engine.poll()
+        for ticket in list(self.tickets):
+            if ticket.done or self.rng.random() < 0.3:
+                for index, chunk in enumerate(ticket.hits()):
+                    pages = CheckedPages(self.prompts[id(ticket)])
+                    pages.onboard(index, self.engine.host.payload(chunk))
+                self.engine.release(ticket)
+                self.tickets.remove(ticket)
 
     def break_disk_for_a_while(self) -> None:
         number = self.rng.choice([errno.EIO, errno.ENOSPC, errno.EMFILE])
@@ -168,11 +194,16 @@ class Simulation:
     def restart(self) -> None:
         self.disk.crash(power=self.rng.random() < 0.5)
         self.disk.peak_bytes = 0
+        self.tickets.clear()
         self.restarts += 1
         self.engine = self.start()
 
     def settle(self) -> None:
         self.disk.fault = lambda op: None
+        self.remote.trouble = 0.0
+        for ticket in self.tickets:
+            self.engine.release(ticket)
+        self.tickets.clear()
         for executor in self.runtime.executors:
             executor.stalled = False
         # The next write removes what a failed one could not.
@@ -200,7 +231,9 @@ class Simulation:
         assert all(c is not None and c.state is ChunkState.SEALED for c in chunks)
         assert all(c is not None and c.pins == 0 for c in chunks)
         assert host.used_bytes == len(chunks) * SLOT_BYTES
-        assert tier.available, tier.unavailable_reason
+        for other in self.engine.tiers.readable:
+            assert other.available, other.unavailable_reason
+            assert not other.settling
         assert tier.used_bytes >= self.disk.used_bytes(), "bytes on disk that nobody counts"
         assert tier.used_bytes <= TIER.size_bytes
         assert self.engine.close()

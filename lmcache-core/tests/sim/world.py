@@ -8,10 +8,22 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from lmcache_core.connectors.memory import MemoryConnector
+from lmcache_core.envelope import HEADER_BYTES
 from lmcache_core.fileops import FileEntry
+from lmcache_core.sdk import (
+    BackendUnavailable,
+    Buffer,
+    Capabilities,
+    GetResult,
+    Health,
+    OpContext,
+    Sharing,
+    Status,
+)
 from lmcache_core.transfer.executor import Completions, Lane
 
 
@@ -91,6 +103,62 @@ class SimExecutor:
         for lane in self._lanes.values():
             lane.clear()
         return not self.stalled
+
+
+class SimRemote(MemoryConnector):
+    """A shared store that outlives the engine, forgets, fails, and gives bytes that rotted.
+
+    A put of ours may have been carried out or not when it fails.
+    """
+
+    capabilities = Capabilities(max_concurrency=8, evicts=True, sharing=Sharing.CLUSTER)
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self.rng = rng
+        self.trouble = 0.0
+
+    def exists(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
+        self._fail()
+        answers = super().exists(keys, ctx)
+        return [self._instead(Status.TIMED_OUT, answer) for answer in answers]
+
+    def get_into(
+        self, keys: Sequence[bytes], targets: Sequence[Buffer], ctx: OpContext
+    ) -> list[GetResult]:
+        self._fail()
+        if self.rng.random() < self.trouble:
+            self._values.pop(keys[0], None)
+        results = super().get_into(keys, targets, ctx)
+        if results[0].status is Status.OK and self.rng.random() < self.trouble:
+            view = targets[0].view
+            assert view is not None
+            at = self.rng.randrange(HEADER_BYTES + 3000)
+            view[at] ^= 1 << self.rng.randrange(8)
+        return [GetResult(self._instead(Status.FAILED, r.status), r.nbytes) for r in results]
+
+    def put_from(
+        self, keys: Sequence[bytes], sources: Sequence[Buffer], ctx: OpContext
+    ) -> list[Status]:
+        if self.rng.random() < self.trouble / 2:
+            self._fail()
+        answers = super().put_from(keys, sources, ctx)
+        self._fail()
+        return [self._instead(Status.TIMED_OUT, answer) for answer in answers]
+
+    def health(self, ctx: OpContext) -> Health:
+        self._fail()
+        return Health(ok=True)
+
+    def close(self) -> None:
+        """The next engine goes on with it."""
+
+    def _fail(self) -> None:
+        if self.rng.random() < self.trouble:
+            raise BackendUnavailable("trouble")
+
+    def _instead(self, other: Status, answer: Status) -> Status:
+        return other if self.rng.random() < self.trouble / 4 else answer
 
 
 @dataclass
