@@ -243,9 +243,10 @@ class Prefetcher:
             ticket.sources[ticket.keys[index]] = tier.name
             return
         if status is not None:
+            # None when the ticket joined another's fetch before the tier has answered it.
             row = ticket.rows[self._tiers.readable.index(tier)]
-            assert row is not None
-            row[index - ticket.first] = False
+            if row is not None:
+                row[index - ticket.first] = False
             ticket.reasons[index] = _REASON_OF.get(status, "failed")
         # From the next tier that has it; otherwise the prefix ends here.
         self._advance(ticket)

@@ -26,7 +26,8 @@ from lmcache_core.prefetch import Prefetch
 from lmcache_core.tiers.host import ChunkState
 from lmcache_core.tiers.remote import RemoteTier
 
-SEEDS = range(int(os.environ.get("LMC_SIM_SEEDS", "50")))
+# The last ones found something once.
+SEEDS = [*range(int(os.environ.get("LMC_SIM_SEEDS", "50"))), 750]
 PAYLOAD_BYTES = 3000
 SLOT_BYTES = stored_bytes(PAYLOAD_BYTES)
 HOST_CHUNKS, DISK_CHUNKS, CHUNK = 7, 12, 4
