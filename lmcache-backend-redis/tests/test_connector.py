@@ -399,6 +399,8 @@ def test_nobody_there_is_one_clear_error() -> None:
         open_url("redis://127.0.0.1:1")
     assert "running" in caught.value.hint
     assert not plugins.probe_here("redis://127.0.0.1:1").usable
+    for url in ("redis:///", "unix:///", "rediss://"):
+        assert "no server asked" in plugins.probe_here(url).reason
 
 
 def test_a_peer_that_does_not_speak_redis(opened: Open) -> None:

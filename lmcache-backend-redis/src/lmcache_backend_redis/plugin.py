@@ -69,7 +69,7 @@ def lmcache_probe(url: str, options: Mapping[str, Any]) -> Probe:
     from lmcache_backend_redis.sessions import Sessions
 
     parts = urlsplit(url)
-    if not (parts.netloc or parts.path):
+    if not (parts.netloc or parts.path.strip("/")):
         return Probe(usable=True, reason=f"redis-py {metadata.version('redis')}; no server asked")
 
     try:

@@ -194,5 +194,5 @@ def test_aborted_requests_leave_nothing_behind(
     engine.run([random_tokens(9, 40)])
     engine.settle()
     assert not engine.core.scheduler.requests
-    assert not engine.connector.scheduler._requests
+    assert not engine.connector.scheduler._lookups.live
     assert all(c.pins == 0 for c in engine.cache.host._chunks.values())
