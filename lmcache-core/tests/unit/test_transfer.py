@@ -57,13 +57,15 @@ def test_completions_run_in_order_of_arrival() -> None:
 def test_stores_leave_a_thread_for_loads() -> None:
     executor = ThreadExecutor("t", threads=3, max_queued=10)
     gate, loaded = threading.Event(), threading.Event()
-    running: list[int] = []
-    for i in range(3):
-        executor.submit(lambda i=i: (running.append(i), gate.wait(5), None)[2], Lane.STORE)
+    running = threading.Semaphore(0)
+    for _ in range(3):
+        executor.submit(lambda: (running.release(), gate.wait(5), None)[2], Lane.STORE)
+    assert running.acquire(timeout=5) and running.acquire(timeout=5)
     executor.submit(loaded.set, Lane.LOAD)
     assert loaded.wait(5), "a load waits for slow stores"
-    assert len(running) == 2
+    assert not running.acquire(timeout=0.05), "a third store runs"
     gate.set()
+    assert running.acquire(timeout=5), "the third store has its turn"
     assert executor.close(5)
 
 
