@@ -1,86 +1,133 @@
-"""What a backend's author gives the suite, and helpers of its checks."""
+"""What a backend's author gives the suite: a URL, and as many handles on the store as there are.
+
+What a harness does not offer, the suite finds another way or answers INCONCLUSIVE.
+"""
 
 from __future__ import annotations
 
-import mmap
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from lmcache_core.sdk import Buffer, OpContext, RemoteConnector
+from lmcache_conformance.proxy import FaultProxy
 
 
 class Harness(ABC):
-    """One backend under test.  Made anew for every check.
+    """One backend under test.  Started once a run; every check uses keys of its own.
 
-    Args:
-        scratch: an empty directory of this check.
+    Attributes:
+        name: of the backend, in the certificate; the URL's scheme when empty.
+        module: plugin module, for a backend that is not installed as an entry point.
+        scratch: a directory of this run, after `start`.
     """
 
-    def __init__(self, scratch: Path) -> None:
+    name: str = ""
+    module: str = ""
+    scratch: Path
+
+    def start(self, scratch: Path) -> None:
+        """Bring the store up, with its files below ``scratch``."""
         self.scratch = scratch
 
     @abstractmethod
-    def open(self) -> RemoteConnector:
-        """A connector; each call opens the same store again."""
+    def url(self) -> str:
+        """What an operator would write; valid after `start`."""
 
     def stop(self) -> None:
-        """Stop what the harness started; nothing by default."""
+        """Take down what `start` brought up."""
         return
 
+    def direct_url(self) -> str:
+        """The store without anything in between, for measurements."""
+        return self.url()
 
-class Memory:
-    """Page-aligned memory cut into buffers with canaries around each."""
+    def offers(self, handle: str) -> bool:
+        """Whether the optional method ``handle`` is implemented."""
+        return getattr(type(self), handle) is not getattr(Harness, handle)
 
-    CANARY = 0xA5
-    GAP = 4096
+    # The optional handles.
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        spans, at = [], self.GAP
-        for size in sizes:
-            spans.append((at, size))
-            at += -(-size // 4096) * 4096 + self.GAP
-        self._map = mmap.mmap(-1, at)
-        self.array = np.frombuffer(self._map, np.uint8)
-        self.array[:] = self.CANARY
-        self._spans = spans
+    def kill(self) -> None:
+        """SIGKILL the store's server."""
+        raise NotImplementedError
 
-    def buffers(self, *, read_only: bool = False) -> list[Buffer]:
-        """One buffer a size; read-only for the sources of a put."""
-        whole = memoryview(self._map)
-        base = int(self.array.ctypes.data)
-        views = [whole[at : at + size] for at, size in self._spans]
-        return [
-            Buffer(view.toreadonly() if read_only else view, base + at, len(view))
-            for view, (at, _) in zip(views, self._spans)
-        ]
+    def restart(self) -> None:
+        """Start the server again at the same address, on the files that it left."""
+        raise NotImplementedError
 
-    def bytes_of(self, index: int) -> bytes:
-        """What buffer ``index`` holds."""
-        at, size = self._spans[index]
-        return self.array[at : at + size].tobytes()
+    def stall(self) -> AbstractContextManager[None]:
+        """The store takes and answers nothing, and hangs up nothing, in the ``with`` block."""
+        raise NotImplementedError
 
-    def fill(self, index: int, value: bytes) -> None:
-        """Write ``value`` to the start of buffer ``index``."""
-        at, _ = self._spans[index]
-        self.array[at : at + len(value)] = np.frombuffer(value, np.uint8)
+    def small_url(self, size_bytes: int) -> str:
+        """Another store, empty, with room for about ``size_bytes``.
 
-    def canaries_intact(self) -> bool:
-        """Whether nothing outside of the buffers was touched."""
-        outside = np.ones(len(self.array), bool)
-        for at, size in self._spans:
-            outside[at : at + size] = False
-        return bool((self.array[outside] == self.CANARY).all())
+        Raises:
+            Inconclusive: this machine can't give one.
+        """
+        raise NotImplementedError
 
+    def corrupt(self, key: bytes) -> None:
+        """Flip one bit in the stored value, behind the connector's back."""
+        raise NotImplementedError
 
-def within(seconds: float) -> OpContext:
-    """A context whose deadline is ``seconds`` from now."""
-    return OpContext(deadline_s=time.monotonic() + seconds)
+    def truncate(self, key: bytes) -> None:
+        """Cut the tail of the stored value, behind the connector's back."""
+        raise NotImplementedError
+
+    def raw_get(self, key: bytes) -> bytes | None:
+        """The stored value, read without the connector."""
+        raise NotImplementedError
+
+    def raw_put(self, key: bytes, content: bytes) -> None:
+        """Store a value without the connector."""
+        raise NotImplementedError
+
+    def server_version(self) -> str:
+        """Of the store's server, for the certificate."""
+        return ""
 
 
-def value(seed: int, nbytes: int) -> bytes:
-    """Bytes that follow from ``seed``."""
-    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8).tobytes()
+class TcpHarness(Harness):
+    """A store behind one TCP port or unix socket: a fault proxy stands before it for free.
+
+    Attributes:
+        proxy: between every connector and the store, after `start`.
+    """
+
+    proxy: FaultProxy
+
+    @abstractmethod
+    def address(self) -> tuple[str, int] | Path:
+        """Where the server listens; constant over restarts."""
+
+    @abstractmethod
+    def url_at(self, host: str, port: int) -> str:
+        """The URL of the store as it is seen at this address."""
+
+    def start(self, scratch: Path) -> None:
+        """Start the proxy; call it when the server listens."""
+        super().start(scratch)
+        self.proxy = FaultProxy(self.address())
+
+    def stop(self) -> None:
+        self.proxy.close()
+
+    def url(self) -> str:
+        return self.url_at("127.0.0.1", self.proxy.port)
+
+    def direct_url(self) -> str:
+        address = self.address()
+        return self.url() if isinstance(address, Path) else self.url_at(*address)
+
+    def stall(self) -> AbstractContextManager[None]:
+        return self._stalled()
+
+    @contextmanager
+    def _stalled(self) -> Iterator[None]:
+        self.proxy.faults.stalled = True
+        try:
+            yield
+        finally:
+            self.proxy.faults.stalled = False

@@ -24,6 +24,7 @@ class Faults:
         delay_s: before each forwarded piece, in each direction.
         bytes_per_s: bandwidth in each direction; 0 is unbounded.
         stalled: nothing is forwarded, connections stay open.
+        mute: what the store answers is thrown away, connections stay open (half-open).
         refuse: new connections are closed at once.
         cut_after_bytes: hang up once the client has sent so many bytes in all; -1 is never.
         cut_reply_after_bytes: the same for bytes that the store has sent.
@@ -32,6 +33,7 @@ class Faults:
     delay_s: float = 0.0
     bytes_per_s: float = 0.0
     stalled: bool = False
+    mute: bool = False
     refuse: bool = False
     cut_after_bytes: int = -1
     cut_reply_after_bytes: int = -1
@@ -65,6 +67,12 @@ class FaultProxy:
     def port(self) -> int:
         """Where it listens, on 127.0.0.1."""
         return int(self._listener.getsockname()[1])
+
+    @property
+    def connections(self) -> int:
+        """Open now."""
+        with self._lock:
+            return len(self._pairs)
 
     def hang_up(self) -> None:
         """Close every connection now; new ones are accepted."""
@@ -130,6 +138,8 @@ class FaultProxy:
                     time.sleep(self.faults.delay_s)
                 if self.faults.bytes_per_s:
                     time.sleep(len(data) / self.faults.bytes_per_s)
+                if self.faults.mute and not to_store:
+                    continue
                 allowed = self._allowed(len(data), to_store)
                 sink.sendall(data[:allowed])
                 if allowed < len(data):

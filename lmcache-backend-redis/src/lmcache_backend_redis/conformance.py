@@ -4,25 +4,86 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lmcache_backend_redis.connector import RedisConnector, server_facts
+import redis
+
+from lmcache_backend_redis.layout import Head, head_name
 from lmcache_backend_redis.server import RedisServer
-from lmcache_backend_redis.sessions import Sessions
-from lmcache_conformance import Harness, within
+from lmcache_conformance import TcpHarness
+
+_WHOLE = ("--appendonly", "yes")
 
 
-class RedisHarness(Harness):
-    """A real server on a unix socket, with an append-only file."""
+class RedisHarness(TcpHarness):
+    """A real server over TCP, with an append-only file."""
 
-    url_attribute = "unix_url"
+    name = "redis"
+    arguments: tuple[str, ...] = _WHOLE
 
-    def __init__(self, scratch: Path) -> None:
-        super().__init__(scratch)
-        self.server = RedisServer(arguments=("--appendonly", "yes"))
-
-    def open(self) -> RedisConnector:
-        sessions = Sessions(getattr(self.server, self.url_attribute), {}, limit=8)
-        facts = server_facts(sessions, within(5).deadline_s)
-        return RedisConnector(sessions, facts, connections=8)
+    def start(self, scratch: Path) -> None:
+        self.server = RedisServer(arguments=self.arguments)
+        self._small: RedisServer | None = None
+        super().start(scratch)
 
     def stop(self) -> None:
+        super().stop()
         self.server.close()
+        if self._small is not None:
+            self._small.close()
+
+    def address(self) -> tuple[str, int] | Path:
+        return ("127.0.0.1", self.server.port)
+
+    def url_at(self, host: str, port: int) -> str:
+        return f"redis://{host}:{port}/0"
+
+    def kill(self) -> None:
+        self.server.kill()
+
+    def restart(self) -> None:
+        self.server.start()
+
+    def small_url(self, size_bytes: int) -> str:
+        if self._small is None:
+            limit = ("--maxmemory", str(size_bytes), "--maxmemory-policy", "noeviction")
+            self._small = RedisServer(arguments=limit)
+        return self._small.url
+
+    def corrupt(self, key: bytes) -> None:
+        with self._client() as client:
+            piece = self._head(client, key).names(key)[0]
+            middle = int(client.strlen(piece)) // 2
+            byte = bytes(client.getrange(piece, middle, middle))
+            client.setrange(piece, middle, bytes([byte[0] ^ 0x10]))
+
+    def truncate(self, key: bytes) -> None:
+        with self._client() as client:
+            piece = self._head(client, key).names(key)[-1]
+            client.set(piece, bytes(client.get(piece) or b"")[:-5])
+
+    def raw_get(self, key: bytes) -> bytes | None:
+        with self._client() as client:
+            if not client.exists(head_name(key)):
+                return None
+            names = self._head(client, key).names(key)
+            return b"".join(bytes(client.get(name) or b"") for name in names)
+
+    def server_version(self) -> str:
+        with self._client() as client:
+            return f"redis {client.info('server')['redis_version']}"
+
+    def _client(self) -> redis.Redis:
+        return redis.Redis(port=self.server.port)
+
+    def _head(self, client: redis.Redis, key: bytes) -> Head:
+        head = Head.decode(bytes(client.get(head_name(key)) or b""))
+        assert head is not None, "the key is not there"
+        return head
+
+
+class RedisUnixHarness(RedisHarness):
+    """The same server over its unix socket; the fault proxy is not in between."""
+
+    name = "redis-unix"
+
+    def url(self) -> str:
+        return self.server.unix_url

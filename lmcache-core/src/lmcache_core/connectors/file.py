@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 from lmcache_core.fileops import FileOps, OsFileOps
 from lmcache_core.sdk import (
     API_VERSION,
+    AbandoningLoop,
     BackendInfo,
-    BatchLoop,
     Capabilities,
     ConfigError,
     Durability,
@@ -30,6 +30,7 @@ from lmcache_core.sdk import (
     OpContext,
     OptionSpec,
     Probe,
+    ReleaseToken,
     RemoteConnector,
     ScanEntry,
     Sharing,
@@ -41,13 +42,14 @@ _NAME = "file"
 _HEX = "0123456789abcdef"
 
 
-class FileConnector(BatchLoop):
+class FileConnector(AbandoningLoop):
     """Values as files below ``root``; thread-safe, also between processes.
 
     Args:
         root: absolute directory, made when absent.
         durability: ``process`` (survives our death) or ``host`` (synced: survives power loss).
         ops, clock: file primitives and time.
+        released: see `AbandoningLoop`; without it calls may outlast their deadline.
         pid, is_alive: whose temporary files may be swept at start; for simulations.
 
     Raises:
@@ -63,8 +65,9 @@ class FileConnector(BatchLoop):
         clock: Callable[[], float] = time.monotonic,
         pid: int | None = None,
         is_alive: Callable[[int], bool] | None = None,
+        released: Callable[[ReleaseToken], None] | None = None,
     ) -> None:
-        super().__init__(_NAME, clock=clock)
+        super().__init__(_NAME, clock=clock, released=released)
         self._ops: FileOps = ops or OsFileOps()
         self._sync = durability == "host"
         self._base = f"{root.rstrip('/')}/v1"
@@ -120,6 +123,7 @@ class FileConnector(BatchLoop):
 
     def scan(self, prefix: bytes, ctx: OpContext) -> Iterator[ScanEntry]:
         """Every value whose key starts with ``prefix``; foreign names are left out."""
+        self.check_call((), "scan")
         wanted = prefix.hex()
         for shard in self._ops.scan(self._base):
             if not shard.is_dir or len(shard.name) != 2:
@@ -132,6 +136,7 @@ class FileConnector(BatchLoop):
                     yield ScanEntry(bytes.fromhex(name), entry.nbytes, entry.mtime_s)
 
     def health(self, ctx: OpContext) -> Health:
+        self.check_call((), "health")
         try:
             present = self._ops.exists(self._tmp)
         except OSError as error:
@@ -281,4 +286,4 @@ def lmcache_open_connector(
     url: str, options: Mapping[str, Any], host: HostServices
 ) -> RemoteConnector:
     """Open, and make the directory when absent."""
-    return FileConnector(_directory(url), durability=options["durability"])
+    return FileConnector(_directory(url), durability=options["durability"], released=host.released)

@@ -70,12 +70,14 @@ class MemoryConnector(BatchLoop):
 
     def scan(self, prefix: bytes, ctx: OpContext) -> Iterator[ScanEntry]:
         """Every key that starts with ``prefix``."""
+        self.check_call((), "scan")
         with self._lock:
             found = [(k, len(v)) for k, v in self._values.items() if k.startswith(prefix)]
         for key, nbytes in found:
             yield ScanEntry(key, nbytes)
 
     def health(self, ctx: OpContext) -> Health:
+        self.check_call((), "health")
         return Health(ok=True, used_bytes=self._used_bytes, total_bytes=self._size_bytes or -1)
 
     def close_resources(self) -> None:

@@ -3,6 +3,7 @@
 A backend imports from here and from nowhere else in core.
 """
 
+from lmcache_core.sdk.abandoning import AbandoningLoop
 from lmcache_core.sdk.api import API_VERSION, BACKEND_GROUP
 from lmcache_core.sdk.batch import BatchLoop, TargetTooSmall, ValueCorrupt, status_of_oserror
 from lmcache_core.sdk.buffers import Buffer, MemoryKind, Region, ReleaseToken
@@ -43,6 +44,7 @@ from lmcache_core.sdk.status import GetResult, Status
 
 __all__ = [
     "API_VERSION",
+    "AbandoningLoop",
     "BACKEND_GROUP",
     "BackendClosed",
     "BackendHooks",

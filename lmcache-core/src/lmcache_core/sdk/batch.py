@@ -102,7 +102,7 @@ class BatchLoop(RemoteConnector):
                 return GetResult(Status.CORRUPT)
             return GetResult(Status.MISS) if nbytes is None else GetResult(Status.OK, nbytes)
 
-        return self._each(keys, ctx, one, GetResult)
+        return self._each(keys, ctx, one, GetResult, targets)
 
     def put_from(
         self, keys: Sequence[bytes], sources: Sequence[Buffer], ctx: OpContext
@@ -118,7 +118,7 @@ class BatchLoop(RemoteConnector):
             self.put_one(key, view, timeout_s)
             return Status.OK
 
-        return self._each(keys, ctx, one, lambda status: status)
+        return self._each(keys, ctx, one, lambda status: status, sources)
 
     def delete(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
         self.check_call(keys, "delete")
@@ -146,18 +146,33 @@ class BatchLoop(RemoteConnector):
         ctx: OpContext,
         one: Callable[[bytes, float], T],
         wrap: Callable[[Status], T],
+        buffers: Sequence[Buffer] = (),
     ) -> list[T]:
+        """One answer a key; ``buffers`` are those of the call."""
         answers: list[T] = []
         for key in keys:
-            timeout_s = ctx.deadline_s - self._clock()
-            if timeout_s <= 0:
+            answer = self._answer(key, ctx, one, wrap)
+            if answer is None:
                 break
-            try:
-                answers.append(one(key, timeout_s))
-            except OSError as error:
-                answers.append(wrap(status_of_oserror(error)))
+            answers.append(answer)
         answers.extend(wrap(Status.TIMED_OUT) for _ in range(len(keys) - len(answers)))
         return answers
+
+    def _answer(
+        self,
+        key: bytes,
+        ctx: OpContext,
+        one: Callable[[bytes, float], T],
+        wrap: Callable[[Status], T],
+    ) -> T | None:
+        """The answer for one key, or None past the deadline."""
+        timeout_s = ctx.deadline_s - self._clock()
+        if timeout_s <= 0:
+            return None
+        try:
+            return one(key, timeout_s)
+        except OSError as error:
+            return wrap(status_of_oserror(error))
 
     def usable_view(self, buffer: Buffer) -> memoryview | None:
         """The buffer's bytes, or None when it is REJECTED: on a device, or misaligned."""

@@ -48,6 +48,8 @@ class Capabilities:
         on_existing: what a put of a present key leaves.
         zero_copy: moves bytes without a host copy of its own.
         regions, leases, scan, submit: the optional protocol of that name is implemented.
+        checksums: a stored value that was changed behind the connector's back (a flipped bit, a
+            lost tail) is CORRUPT or MISS; core's envelope finds it either way.
         evicts: the store may drop an acknowledged value by itself.
         capacity_reported: `Health` carries used and total bytes.
         durability, sharing: see the enums.
@@ -64,6 +66,7 @@ class Capabilities:
     leases: bool = False
     scan: bool = False
     submit: bool = False
+    checksums: bool = False
     evicts: bool = False
     capacity_reported: bool = False
     durability: Durability = Durability.NONE

@@ -1,0 +1,81 @@
+"""Harnesses of core's own connectors, ``memory`` and ``file``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from lmcache_conformance.frame import Inconclusive
+from lmcache_conformance.harness import Harness
+
+
+class MemoryHarness(Harness):
+    """A dict in this process."""
+
+    name = "memory"
+
+    def url(self) -> str:
+        return "memory://"
+
+    def small_url(self, size_bytes: int) -> str:
+        return f"memory://?size={size_bytes}"
+
+
+class FileHarness(Harness):
+    """Files below the scratch directory; the small store is a file system of its own."""
+
+    name = "file"
+    options = ""
+
+    def url(self) -> str:
+        return f"file://{self.scratch}/kv{self.options}"
+
+    def small_url(self, size_bytes: int) -> str:
+        folder = self.scratch / "small"
+        if not folder.exists():
+            folder.mkdir()
+            options = f"size={size_bytes},mode=700"
+            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                folder.rmdir()
+                raise Inconclusive(f"a full disk needs root to mount one: {done.stderr.strip()}")
+        return f"file://{folder}/kv{self.options}"
+
+    def stop(self) -> None:
+        folder = self.scratch / "small"
+        if folder.exists():
+            subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+    def corrupt(self, key: bytes) -> None:
+        path = self._path(key)
+        at = path.stat().st_size // 2
+        with path.open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 0x10]))
+
+    def truncate(self, key: bytes) -> None:
+        path = self._path(key)
+        os.truncate(path, path.stat().st_size * 2 // 3)
+
+    def raw_get(self, key: bytes) -> bytes | None:
+        path = self._path(key)
+        return path.read_bytes() if path.exists() else None
+
+    def raw_put(self, key: bytes, content: bytes) -> None:
+        path = self._path(key)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.write_bytes(content)
+
+    def _path(self, key: bytes) -> Path:
+        return self.scratch / "kv" / "v1" / f"{sum(key) & 0xFF:02x}" / key.hex()
+
+
+class SyncedFileHarness(FileHarness):
+    """With every put synced to the device."""
+
+    name = "file-synced"
+    options = "?durability=host"

@@ -1,0 +1,140 @@
+"""F: many threads on one connector, and its end."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from lmcache_conformance.checks.api import expect_closed
+from lmcache_conformance.frame import Wrong, check
+from lmcache_conformance.memory import value
+from lmcache_conformance.rig import Rig, in_threads, within
+from lmcache_core.sdk import CLOSE_LIMIT_S, BackendClosed, BackendUnavailable, GetResult, Status
+
+
+@check("F1", fix="share nothing between calls but what a lock guards; claim less max_concurrency")
+def max_concurrency_threads(rig: Rig) -> None:
+    """max_concurrency threads at once, each with keys of its own, all get right answers."""
+    count = min(rig.claims.max_concurrency, 32)
+    size = rig.size(64 << 10)
+    end_s = time.monotonic() + (5.0 if rig.full else 1.0)
+
+    def work(number: int) -> None:
+        turn = 0
+        while time.monotonic() < end_s:
+            turn += 1
+            key, content = rig.key(f"t{number}"), value(number * 1000 + turn % 3, size)
+            rig.store.delete([key], within(10))
+            rig.must_put({key: content})
+            rig.expect_value(key, content, f"with {count} threads")
+
+    in_threads([lambda n=n: work(n) for n in range(count)])
+
+
+@check("F2", fix="publish a value with one atomic step (rename, one transaction, one pointer)")
+def racing_puts_and_gets(rig: Rig) -> None:
+    """While puts of one key race, every get gives one whole value, and never MISS unless the store
+    evicts."""
+    if rig.claims.max_concurrency < 2:
+        writers = readers = [rig.store, rig.open()]
+    else:
+        writers = readers = [rig.store, rig.store]
+    size, key = rig.size(256 << 10), rig.key("k")
+    contents = [value(i, size) for i in range(2)]
+    allowed = [*contents, None] if rig.claims.evicts else list(contents)
+    rig.must_put({key: contents[0]})
+    end_s = time.monotonic() + (6.0 if rig.full else 1.0)
+    readers = readers[: max(1, rig.claims.max_concurrency - 1)]
+
+    def write() -> None:
+        turn = 0
+        while time.monotonic() < end_s:
+            turn += 1
+            rig.must_put({key: contents[turn % 2]}, writers[0])
+
+    def read(number: int) -> None:
+        while time.monotonic() < end_s:
+            rig.expect_one_of(key, allowed, size, "while puts race", readers[number])
+
+    in_threads([write, *(lambda n=n: read(n) for n in range(len(readers)))])
+
+
+@check("F3", fix="close() marks, then lets calls in flight end by their deadline")
+def close_during_calls(rig: Rig) -> None:
+    """close during calls returns within its limit; those calls end by their deadline with a right
+    answer or BackendClosed; every later one is BackendClosed."""
+    for _ in range(4):
+        store, size = rig.open(), rig.size(256 << 10)
+        key, content = rig.key(), value(rig.seed, size)
+        rig.must_put({key: content}, store)
+        stop = threading.Event()
+
+        def work(store=store, key=key, content=content, stop=stop) -> None:  # type: ignore[no-untyped-def]
+            try:
+                while not stop.is_set():
+                    result, found = rig.get(key, len(content), store, seconds=2.0)
+                    if result.status is Status.OK:
+                        rig.expect(found == content, "a get during close gave wrong bytes")
+                        rig.put({key: content}, store, seconds=2.0)
+            except (BackendClosed, BackendUnavailable):
+                return
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+        if store.capabilities.max_concurrency < 2:
+            threads = threads[:1]
+        errors: list[BaseException] = []
+        hook, threading.excepthook = threading.excepthook, lambda args: errors.append(
+            args.exc_value or Wrong(str(args.exc_type))
+        )
+        try:
+            for thread in threads:
+                thread.start()
+            time.sleep(0.03)
+            started_s = time.monotonic()
+            store.close()
+            seconds = time.monotonic() - started_s
+            time.sleep(0.02)
+            stop.set()
+            for thread in threads:
+                thread.join(4.0)
+        finally:
+            threading.excepthook = hook
+        rig.expect(seconds < CLOSE_LIMIT_S + 0.25, f"close() took {seconds:.1f} s")
+        rig.expect(not any(t.is_alive() for t in threads), "a call hangs after close()")
+        if errors:
+            raise errors[0]
+        expect_closed(rig, store, "after close()")
+
+
+@check("F4", fix="release in close() what open made: descriptors, threads, pools")
+def open_and_close_often(rig: Rig) -> None:
+    """Opening and closing 200 times (40 in the quick plan) works every time and ends with as many
+    files and threads as it began."""
+    from lmcache_conformance.checks.leaks import settled
+
+    key, content = rig.key("k"), value(rig.seed, rig.size())
+
+    def once() -> None:
+        store = rig.open()
+        rig.must_put({key: content}, store)
+        store.close()
+
+    once()
+    before = settled()
+    for _ in range(200 if rig.full else 40):
+        once()
+    after = settled(before)
+    rig.expect(after.files <= before.files, f"{after.files - before.files} files stay open")
+    rig.expect(after.threads <= before.threads, f"{after.threads - before.threads} threads stay")
+
+
+@check("F5", fix="a second close() returns at once")
+def close_twice(rig: Rig) -> None:
+    """close is idempotent, and after it every method is BackendClosed."""
+    store = rig.open()
+    rig.must_put({rig.key("k"): value(rig.seed, rig.size())}, store)
+    store.close()
+    store.close()
+    expect_closed(rig, store, "after close()")
+    result = rig.get(rig.key("other"), rig.size())[0]
+    rig.expect(result == GetResult(Status.MISS), "another connector was closed too")

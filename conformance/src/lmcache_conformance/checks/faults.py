@@ -1,0 +1,390 @@
+"""H: what goes wrong below a connector must reach core as an answer, never as wrong bytes."""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import Any
+
+from lmcache_conformance.checks.stalling import does_io, stalled
+from lmcache_conformance.child import Child, Died, digest
+from lmcache_conformance.frame import Inconclusive, NotClaimed, Profile, Wrong, check
+from lmcache_conformance.harness import TcpHarness
+from lmcache_conformance.memory import value
+from lmcache_conformance.rig import SIZE, UNFINISHED, Rig, within
+from lmcache_conformance.shim import Action, mask_of
+from lmcache_core.sdk import BackendUnavailable, ConfigError, LMCacheError, Sharing, Status
+
+GRACE_S = 0.25
+_MAY_RAISE = {"BackendUnavailable"}
+
+
+def _behind_a_proxy(rig: Rig) -> None:
+    """
+    Raises:
+        NotClaimed: nothing stands between the connector and its store, as the I/O shows.
+        Inconclusive: something does, but the harness is no `TcpHarness`.
+    """
+    if isinstance(rig.harness, TcpHarness):
+        return
+    if rig.claims.sharing is Sharing.CLUSTER:
+        raise Inconclusive("sharing is cluster, but the harness is no TcpHarness")
+    with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
+        counted = does_io(rig, child)
+    if counted["send"] or counted["recv"] or counted["connect"]:
+        raise Inconclusive("the connector uses sockets, but the harness is no TcpHarness")
+    raise NotClaimed("no store behind a socket, as a count of its system calls shows")
+
+
+def _positions(rig: Rig, count: int) -> list[int]:
+    """Every call of ``count`` in the full plan, else at most 24 spread over them."""
+    if rig.full or count <= 24:
+        return list(range(1, count + 1))
+    return sorted({1 + i * (count - 1) // 23 for i in range(24)})
+
+
+def _expect_answer(rig: Rig, found: dict[str, Any], what: str) -> None:
+    """The child's answer is a status, or an exception of the contract."""
+    if "error" in found:
+        rig.expect(
+            found["error"] in _MAY_RAISE,
+            f"{what}: raised {found['error']}: {found['message'][:200]}; answer the key, or raise "
+            "BackendUnavailable",
+        )
+
+
+@check("H1", profile=Profile.RESILIENT,
+       fix="map a refused connection to BackendUnavailable, at open and in every call")  # fmt: skip
+def refused(rig: Rig) -> None:
+    """With the store gone, open and every call answer within the deadline, with
+    BackendUnavailable or unfinished keys, and work again without being reopened when it is back."""
+    _behind_a_proxy(rig)
+    store, key, content = rig.store, rig.key("k"), value(rig.seed, rig.size())
+    rig.must_put({key: content})
+    rig.proxy.faults.refuse = True
+    rig.proxy.hang_up()
+    for op in ("exists", "get", "put", "delete"):
+        started_s = time.monotonic()
+        try:
+            if op == "get":
+                status = rig.get(key, len(content), seconds=1.0)[0].status
+            elif op == "put":
+                status = rig.put({rig.key("new"): content}, seconds=1.0)[0]
+            else:
+                status = getattr(store, op)([rig.key("other")], within(1.0))[0]
+        except BackendUnavailable:
+            pass
+        else:
+            rig.expect(status in UNFINISHED, f"{op} of a store that is gone: {status.name}")
+        seconds = time.monotonic() - started_s
+        rig.expect(seconds < 1.0 + GRACE_S, f"{op} of a store that is gone took {seconds:.2f} s")
+    try:
+        rig.open()
+    except (BackendUnavailable, ConfigError):
+        pass
+    except Exception as error:
+        raise Wrong(f"open of a store that is gone raised {error!r}") from error
+    rig.proxy.faults.refuse = False
+    rig.until_well(store)
+    rig.expect_one_of(key, [content, None], len(content), "after the store was gone")
+
+
+@check("H2", profile=Profile.RESILIENT, limit_s=300,
+       fix="read until the whole reply is there; a stream that broke off is closed, not used again")  # fmt: skip
+def cut_during_a_get(rig: Rig) -> None:
+    """A connection that breaks after any byte of a get gives the right value or no value, and the
+    next get is right."""
+    _behind_a_proxy(rig)
+    key, content = rig.key("k"), value(rig.seed, rig.size(100_000))
+    rig.must_put({key: content})
+    start = rig.proxy.reply_bytes
+    rig.expect_value(key, content, "before any fault")
+    total = rig.proxy.reply_bytes - start
+    for offset in sorted({0, 1, 3, 7, total // 3, total // 2, total - 3, total - 1, *(
+        range(0, total, max(1, total // 64)) if rig.full else ()
+    )}):  # fmt: skip
+        rig.proxy.faults.cut_reply_after_bytes = rig.proxy.reply_bytes + offset
+        try:
+            result, found = rig.get(key, len(content), seconds=2.0)
+        except BackendUnavailable:
+            pass
+        else:
+            fine = found == content if result.status is Status.OK else result.status in UNFINISHED
+            rig.expect(fine, f"cut after byte {offset} of a reply: {result.status.name}")
+        rig.proxy.faults.cut_reply_after_bytes = -1
+        rig.expect_value(key, content, f"after a cut at byte {offset} of a reply")
+
+
+@check("H3", profile=Profile.RESILIENT, limit_s=300,
+       fix="write aside and publish with one last atomic step")  # fmt: skip
+def cut_during_a_put(rig: Rig) -> None:
+    """A connection that breaks after any byte of a put leaves the old value, the new one or none,
+    whole; the put says OK only when the new one is there."""
+    _behind_a_proxy(rig)
+    size, store = rig.size(100_000), rig.store
+    start = rig.proxy.sent_bytes
+    rig.must_put({rig.key("first"): value(rig.seed, size)})
+    total = rig.proxy.sent_bytes - start
+    for turn, offset in enumerate(sorted({0, 1, 20, total // 3, total // 2, total - 200,
+        total - 40, total - 1, *(range(0, total, max(1, total // 64)) if rig.full else ())})):  # fmt: skip
+        key, old, new = rig.key(f"k{turn}"), value(turn, size), value(turn + 1000, size)
+        rig.must_put({key: old})
+        rig.proxy.faults.cut_after_bytes = rig.proxy.sent_bytes + offset
+        said: Status | None = None
+        try:
+            said = rig.put({key: new}, store, seconds=2.0)[0]
+        except BackendUnavailable:
+            pass
+        rig.proxy.faults.cut_after_bytes = -1
+        rig.proxy.hang_up()
+        allowed = [new] if said is Status.OK else [old, new, None]
+        rig.expect_one_of(key, allowed, size, f"a put cut after byte {offset} ({said})")
+
+
+@check("H4", profile=Profile.RESILIENT, limit_s=120,
+       fix="hand the time that is left to every blocking call; GuardedLoop and AbandoningLoop do "
+       "it for libraries without a time-out")  # fmt: skip
+def stands_still(rig: Rig) -> None:
+    """While the store stands still every call returns by its deadline + 250 ms, and works again
+    afterwards."""
+    key, content = rig.key("k"), value(rig.seed, rig.size(256 << 10))
+    rig.must_put({key: content})
+    with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
+        child.call("get", key=key.hex(), nbytes=len(content))
+        for op, arguments in (
+            ("exists", {"key": key.hex()}), ("get", {"key": key.hex(), "nbytes": len(content)}),
+            ("put", {"key": rig.key("new").hex(), "seed": 3, "nbytes": len(content)}),
+            ("delete", {"key": rig.key("other").hex()}), ("health", {}),
+        ):  # fmt: skip
+            with stalled(rig, child, for_s=1.5) as arm:
+                if arm is not None:
+                    arm["at"] = 1
+                found = child.call(op, seconds=0.3, arm=arm, **arguments)
+            if arm is not None and not found.get("fired"):
+                continue
+            seconds = found["seconds"]
+            rig.expect(
+                seconds < 0.3 + GRACE_S,
+                f"{op} with a deadline of 0.3 s returned after {seconds:.2f} s",
+            )
+            _expect_answer(rig, found, f"{op} of a store that stands still")
+            time.sleep(0 if arm is None else 1.3)
+        end_s = time.monotonic() + 10
+        while child.call("get", key=key.hex(), nbytes=len(content)).get("digest") != digest(content):
+            rig.expect(time.monotonic() < end_s, "after a stall the value does not come back")
+            time.sleep(0.1)
+        new = child.call("get", key=rig.key("new").hex(), nbytes=len(content))
+        whole = (digest(value(3, len(content))), None)
+        rig.expect(new.get("digest") in whole, "a put during a stall left another value")
+
+
+@check("H5", profile=Profile.RESILIENT,
+       fix="a lost reply leaves the key in doubt: answer TIMED_OUT and close that connection")  # fmt: skip
+def replies_are_lost(rig: Rig) -> None:
+    """On a half-open connection (the store acts, its replies are lost) calls end by their
+    deadline, and no later call takes an earlier one's reply for its own."""
+    _behind_a_proxy(rig)
+    size = rig.size()
+    first, second = rig.key("a"), rig.key("b")
+    contents = {first: value(1, size), second: value(2, size)}
+    rig.must_put(contents)
+    new = value(3, size)
+    rig.proxy.faults.mute = True
+    started_s = time.monotonic()
+    try:
+        status = rig.put({first: new}, seconds=0.5)[0]
+        rig.expect(status in UNFINISHED, f"a put without a reply answered {status.name}")
+        status = rig.get(second, size, seconds=0.5)[0].status
+        rig.expect(status in UNFINISHED, f"a get without a reply answered {status.name}")
+    except BackendUnavailable:
+        pass
+    seconds = time.monotonic() - started_s
+    rig.expect(seconds < 1.0 + 2 * GRACE_S, f"calls without a reply took {seconds:.2f} s")
+    rig.proxy.faults.mute = False
+    rig.proxy.hang_up()
+    rig.until_well(rig.store)
+    rig.expect_value(second, contents[second], "after replies were lost")
+    rig.expect_one_of(first, [contents[first], new], size, "after replies were lost")
+
+
+@check("H6", profile=Profile.RESILIENT, fix="never count round trips as time: a slow store is a store")
+def slow_store(rig: Rig) -> None:
+    """A store that answers 10 ms late is slow, not wrong."""
+    _behind_a_proxy(rig)
+    keys, size = rig.keys(4), rig.size()
+    rig.proxy.faults.delay_s = 0.01
+    contents = {key: value(i, size) for i, key in enumerate(keys)}
+    for key, content in contents.items():
+        rig.must_put({key: content})
+    for key, content in contents.items():
+        rig.expect_value(key, content, "from a slow store")
+
+
+@check("H7", profile=Profile.RESILIENT, limit_s=300,
+       fix="raise or answer what the system call said; an OSError in BatchLoop's functions is mapped")  # fmt: skip
+def io_error_at_every_call(rig: Rig) -> None:
+    """When the n-th system call of an operation fails (EIO), for every n, the answer is no OK for
+    what was not done, values stay whole, others untouched, and it works again."""
+    _each_call(rig, errno.EIO, mask_of("read", "write", "sync", "open", "connect", "send", "recv",
+        "name"))  # fmt: skip
+
+
+@check("H8", profile=Profile.RESILIENT,
+       fix="ENOSPC is REJECTED; remove what was written; never touch the value that is there")  # fmt: skip
+def disk_full_at_every_call(rig: Rig) -> None:
+    """No space (ENOSPC) at the n-th writing call, for every n, harms nothing that is stored."""
+    _each_call(rig, errno.ENOSPC, mask_of("write", "sync", "open", "name"))
+
+
+@check("H9", profile=Profile.RESILIENT,
+       fix="EMFILE says nothing about the value: FAILED or BackendUnavailable, and delete nothing")  # fmt: skip
+def no_file_descriptors(rig: Rig) -> None:
+    """Out of file descriptors (EMFILE) nothing is called MISS that is there, nothing is deleted,
+    and it works again when there are some."""
+    key, content = rig.key("k"), value(rig.seed, rig.size())
+    rig.must_put({key: content})
+    with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
+        does_io(rig, child)
+        child.call("limit_files", spare=0)
+        for op, arguments in (
+            ("get", {"nbytes": len(content)}), ("exists", {}),
+            ("put", {"seed": 7, "nbytes": len(content)}), ("get", {"nbytes": len(content)}),
+        ):  # fmt: skip
+            found = child.call(op, key=key.hex(), **arguments)
+            _expect_answer(rig, found, f"{op} without file descriptors")
+            rig.expect(
+                found.get("status") != "MISS", f"{op} without file descriptors called it MISS"
+            )
+        child.call("limit_files", spare=-1)
+        found = child.call("get", key=key.hex(), nbytes=len(content))
+        allowed = {digest(content), digest(value(7, len(content)))}
+        rig.expect(found.get("digest") in allowed, f"after EMFILE: {found}")
+
+
+@check("H10", profile=Profile.RESILIENT, limit_s=120,
+       fix="connect again when the old connection is dead; do not wait for a reopen")  # fmt: skip
+def server_restart(rig: Rig) -> None:
+    """After the store's server was killed and started again the connector works without being
+    reopened, and what is there is whole."""
+    if not (rig.harness.offers("kill") and rig.harness.offers("restart")):
+        _behind_a_proxy(rig)
+        raise Inconclusive("the harness offers no kill and restart")
+    keys, size = rig.keys(4), rig.size(256 << 10)
+    contents = {key: value(i, size) for i, key in enumerate(keys)}
+    rig.must_put(contents)
+    rig.harness.kill()
+    started_s = time.monotonic()
+    try:
+        status = rig.get(keys[0], size, seconds=1.0)[0].status
+        rig.expect(status in UNFINISHED, f"a get from a killed server answered {status.name}")
+    except BackendUnavailable:
+        pass
+    seconds = time.monotonic() - started_s
+    rig.expect(seconds < 1.0 + GRACE_S, f"a get from a killed server took {seconds:.2f} s")
+    rig.harness.restart()
+    rig.until_well(rig.store)
+    for key, content in contents.items():
+        rig.expect_one_of(key, [content, None], size, "after a restart of the server")
+
+
+@check("H11", profile=Profile.RESILIENT,
+       fix="frame and checksum values, or leave `checksums` unclaimed: core's envelope checks then")  # fmt: skip
+def damaged_values(rig: Rig) -> None:
+    """Where ``checksums`` is claimed, a value with a flipped bit or a lost tail is CORRUPT or
+    MISS; else core's envelope refuses what comes."""
+    from lmcache_conformance.sealing import sealed, unseal
+
+    offered = [each for each in ("corrupt", "truncate") if rig.harness.offers(each)]
+    if not offered:
+        if rig.claims.checksums:
+            raise Inconclusive("checksums is claimed; the harness offers no corrupt and truncate")
+        raise NotClaimed("checksums is not claimed")
+    for damage in offered:
+        key, content = rig.key(damage), sealed(value(rig.seed, 64 << 10))
+        rig.must_put({key: content})
+        getattr(rig.harness, damage)(key)
+        try:
+            result, found = rig.get(key, len(content))
+        except LMCacheError as error:
+            raise Wrong(f"{damage}: raised {error!r}; answer CORRUPT") from error
+        if result.status is Status.OK:
+            rig.expect(not rig.claims.checksums, f"{damage}: OK, though checksums is claimed")
+            rig.expect(not unseal(found), f"{damage}: core's envelope takes the damaged value")
+        else:
+            fine = (Status.CORRUPT, Status.MISS, Status.FAILED)
+            rig.expect(result.status in fine, f"{damage}: answered {result.status.name}")
+        again = sealed(value(rig.seed + 1, 64 << 10))
+        rig.store.delete([key], within(5))
+        rig.must_put({key: again})
+        rig.expect_value(key, again, f"stored again after {damage}")
+    if not rig.claims.checksums:
+        raise NotClaimed("checksums is not claimed; core's envelope refuses what was damaged")
+
+
+def _each_call(rig: Rig, error: int, mask: int) -> None:
+    """Let the n-th call of every operation fail, for every n; see the checks above."""
+    size = rig.size(SIZE)
+    neighbour, kept = rig.key("neighbour"), value(rig.seed, size)
+    rig.must_put({neighbour: kept})
+    with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
+        does_io(rig, child)
+        fired = 0
+        for op in ("exists", "get", "put", "replace", "delete"):
+            count = 1
+            number = 0
+            while number < count:
+                number += 1
+                seen, hit = _nth_call(rig, child, op, number, error, mask, size)
+                fired += hit
+                count = max(count, min(seen, 24 if not rig.full else 400))
+                if not hit:
+                    break
+            found = child.call("get", key=neighbour.hex(), nbytes=size)
+            rig.expect(
+                found.get("digest") == digest(kept), f"an error during {op} harmed another key"
+            )
+        if not fired:
+            raise NotClaimed("no operation makes a call of this kind")
+
+
+def _nth_call(
+    rig: Rig, child: Child, op: str, number: int, error: int, mask: int, size: int
+) -> tuple[int, bool]:
+    """Calls that ``op`` made, and whether the ``number``-th of them failed."""
+    key, old, new = rig.key(f"{op}{number}"), value(number, size), value(number + 1000, size)
+    before = None if op == "put" else old
+    what = f"{op} whose system call {number} fails with {errno.errorcode[error]}"
+    if before is not None:
+        found = child.call("put", key=key.hex(), seed=number, nbytes=size)
+        rig.expect(found.get("status") == "OK", f"a put between faults answered {found}")
+    arm = {"action": int(Action.ERRNO), "at": number, "error": error, "mask": mask}
+    try:
+        if op == "get":
+            found = child.call("get", key=key.hex(), nbytes=size, seconds=2, arm=arm)
+        elif op in ("put", "replace"):
+            found = child.call(
+                "put", key=key.hex(), seed=number + 1000, nbytes=size, seconds=2, arm=arm
+            )
+        else:
+            found = child.call(op, key=key.hex(), seconds=2, arm=arm)
+    except Died as death:
+        raise Wrong(f"{what}: the process died with {death.code}") from None
+    hit = bool(found.get("fired"))
+    _expect_answer(rig, found, what)
+    said = found.get("status")
+    allowed: set[str | None]
+    if op in ("exists", "get"):
+        allowed = {digest(old)}
+        rig.expect(not hit or said != "MISS", f"{what}: answered MISS, the value is there")
+        rig.expect(found.get("digest") in (digest(old), None), f"{what}: OK with other bytes")
+    elif op == "delete":
+        allowed = {None} if said == "OK" else {digest(old), None}
+    else:
+        earlier = digest(old) if before is not None else None
+        allowed = {digest(new)} if said == "OK" else {earlier, digest(new), None}
+    after = child.call("get", key=key.hex(), nbytes=size)
+    rig.expect(
+        after.get("status") in ("OK", "MISS", "CORRUPT"), f"after {what}: {after}"
+    )
+    rig.expect(after.get("digest") in allowed, f"after {what} (answered {said}): {after}")
+    return sum(found.get("seen", {}).values()), hit
