@@ -1,34 +1,18 @@
-"""The built-in connectors, judged like any other."""
+"""Core's own connectors, judged like any other."""
 
 from __future__ import annotations
 
-from lmcache_conformance import ConnectorConformance, Harness
-from lmcache_core.connectors.file import FileConnector
-from lmcache_core.connectors.memory import MemoryConnector
-
-
-class MemoryHarness(Harness):
-    def open(self) -> MemoryConnector:
-        return MemoryConnector()
-
-
-class FileHarness(Harness):
-    def open(self) -> FileConnector:
-        return FileConnector(str(self.scratch / "kv"))
-
-
-class SyncedFileHarness(Harness):
-    def open(self) -> FileConnector:
-        return FileConnector(str(self.scratch / "kv"), durability="host")
+from lmcache_conformance import ConnectorConformance
+from lmcache_conformance.builtin import FileHarness, MemoryHarness, SyncedFileHarness
 
 
 class TestMemory(ConnectorConformance):
-    harness = MemoryHarness
+    harness = MemoryHarness()
 
 
 class TestFile(ConnectorConformance):
-    harness = FileHarness
+    harness = FileHarness()
 
 
 class TestSyncedFile(ConnectorConformance):
-    harness = SyncedFileHarness
+    harness = SyncedFileHarness()

@@ -1,18 +1,14 @@
-"""The contract's judge, over a unix socket and over TCP."""
+"""The contract's judge, over TCP and over a unix socket."""
 
 from __future__ import annotations
 
-from lmcache_backend_redis.conformance import RedisHarness
+from lmcache_backend_redis.conformance import RedisHarness, RedisUnixHarness
 from lmcache_conformance import ConnectorConformance
 
 
-class TcpHarness(RedisHarness):
-    url_attribute = "url"
+class TestTcp(ConnectorConformance):
+    harness = RedisHarness()
 
 
 class TestUnix(ConnectorConformance):
-    harness = RedisHarness
-
-
-class TestTcp(ConnectorConformance):
-    harness = TcpHarness
+    harness = RedisUnixHarness()
