@@ -116,6 +116,7 @@ class RedisConnector(BatchLoop):
 
     def scan(self, prefix: bytes, ctx: OpContext) -> Iterator[ScanEntry]:
         """Every whole value whose key starts with ``prefix``."""
+        self.check_call((), "scan")
         cursor = b"0"
         while True:
             request = command(b"SCAN", cursor, b"MATCH", head_pattern(prefix), b"COUNT", b"500")

@@ -19,6 +19,7 @@ from lmcache_core.sdk import (
     BackendUnavailable,
     ConfigError,
     RemoteConnector,
+    SupportsScan,
 )
 
 _IMPORT = """
@@ -43,13 +44,16 @@ print(json.dumps({
 def each_operation(store: RemoteConnector, key: bytes) -> dict[str, Callable[[], object]]:
     """Every method of the data path, ready to be called; for checks of what all must refuse."""
     source, target = Memory.of([value(1, 4096)]), Memory([4096])
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "exists": lambda: store.exists([key], within(5)),
         "get_into": lambda: store.get_into([key], target.buffers(), within(5)),
         "put_from": lambda: store.put_from([key], source.buffers(read_only=True), within(5)),
         "delete": lambda: store.delete([key], within(5)),
         "health": lambda: store.health(within(5)),
     }
+    if isinstance(store, SupportsScan) and store.capabilities.scan:
+        calls["scan"] = lambda: list(store.scan(key, within(5)))
+    return calls
 
 
 def expect_closed(rig: Rig, store: RemoteConnector, when: str) -> None:
@@ -202,6 +206,10 @@ def health_answers(rig: Rig) -> None:
     rig.expect(health.ok, f"health() says {health.reason!r} of a working store")
     if rig.claims.capacity_reported:
         rig.expect(health.used_bytes >= 0, "capacity_reported is claimed without used_bytes")
+    rig.expect(
+        health.total_bytes == -1 or health.total_bytes >= max(0, health.used_bytes),
+        f"total_bytes is {health.total_bytes}: -1 is unbounded or unknown",
+    )
     try:
         rig.store.health(within(-1))
     except BackendUnavailable:

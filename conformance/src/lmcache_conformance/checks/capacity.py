@@ -43,6 +43,11 @@ def fill(rig: Rig) -> None:
                 break
     rig.expect(len(accepted) >= 8, f"a store of {_ROOM >> 20} MiB took {len(accepted)} MiB")
     evicts = store.capabilities.evicts
+    if store.capabilities.capacity_reported:
+        total = store.health(within(5)).total_bytes
+        rig.expect(
+            _ROOM // 2 <= total <= 2 * _ROOM, f"total_bytes is {total} of a store of {_ROOM} bytes"
+        )
     rig.expect(evicts or refused, "three times its room was acknowledged, evicts is not claimed")
     kept = 0
     for number in accepted:
