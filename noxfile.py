@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,26 +48,104 @@ def imports(session: nox.Session) -> None:
 def unit(session: nox.Session) -> None:
     """Unit, property, simulation, crash and conformance tests; no engine."""
     install_local(session, "pytest", "hypothesis", "prometheus-client")
-    session.run("pytest", "--ignore=lmcache-core/tests/vllm", *session.posargs)
+    session.run(
+        "pytest", "--ignore=lmcache-core/tests/vllm", "-m", "not conformance", *session.posargs
+    )
+
+
+def build_wheels(session: nox.Session, *sources: str) -> dict[str, Path]:
+    """A wheel of each source directory, in a directory of the session's own."""
+    session.install("-q", "build")
+    out = Path(session.create_tmp()) / "wheels"
+    shutil.rmtree(out, ignore_errors=True)
+    found = {}
+    for source in sources:
+        into = out / source.replace("/", "_")
+        session.run("python", "-m", "build", "-q", "-w", "-o", str(into), source, silent=True)
+        found[source] = next(into.glob("*.whl"))
+    return found
 
 
 @nox.session(python=PYTHON)
 def wheels(session: nox.Session) -> None:
     """Each package as a wheel, installed alone."""
-    session.install("-q", "build")
-    out = session.create_tmp()
-    for package in PACKAGES:
-        session.run("python", "-m", "build", "-q", "--wheel", "--outdir", out, package, silent=True)
-    names = {package: package.replace("-", "_") for package in PACKAGES}
-    names["conformance"] = "lmcache_conformance"
-    found = {package: next(Path(out).glob(f"{name}-*.whl")) for package, name in names.items()}
+    found = build_wheels(session, *PACKAGES)
     session.run("pip", "install", "-q", "--force-reinstall", str(found["lmcache-core"]))
     session.run("python", "-c", "import lmcache_core.sdk, sys; assert 'numpy' not in sys.modules")
     session.run("lmc", "backends")
     for package in PACKAGES[1:]:
-        session.run("pip", "install", "-q", "--find-links", out, str(found[package]))
+        session.run("pip", "install", "-q", str(found[package]))
     session.run("python", "-c", "import lmcache_conformance")
     session.run("lmc", "backends")
+
+
+JUDGED = {
+    "memory": ((), ("core", "resilient")),
+    "file": ((), ("core", "resilient", "durable")),
+    "file-synced": ((), ("core", "resilient", "durable")),
+    "redis": (("lmcache-backend-redis",), ("core", "resilient", "durable")),
+    "redis-unix": (("lmcache-backend-redis",), ("core",)),
+}
+"""Backend -> the packages it comes from, and the profiles that it must pass."""
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("backend", list(JUDGED))
+def conformance(session: nox.Session, backend: str) -> None:
+    """Judge a backend from its wheel; `-- --full` for the long plan.  Writes build/certificates."""
+    packages, profiles = JUDGED[backend]
+    found = build_wheels(session, "lmcache-core", "conformance", *packages)
+    session.run("pip", "install", "-q", "--force-reinstall", "--no-deps", *map(str, found.values()))
+    session.install("-q", *map(str, found.values()))
+    judge(session, backend, *profiles)
+
+
+def judge(session: nox.Session, backend: str, *profiles: str) -> None:
+    report = ROOT / "build" / "certificates"
+    required = [word for profile in profiles for word in ("--require", profile)]
+    run = ("lmcache-conformance", "run", backend, "--report", str(report), *required)
+    session.run(*run, *session.posargs)
+    session.run("lmcache-conformance", "verify", str(report / f"{backend}.json"))
+
+
+@nox.session(python=PYTHON)
+def third_party(session: nox.Session) -> None:
+    """Two backends of strangers, and a new one from the scaffold: all from wheels."""
+    new = Path(session.create_tmp()) / "new"
+    shutil.rmtree(new, ignore_errors=True)
+    found = build_wheels(session, "lmcache-core", "conformance", *(f for f, _, _ in STRANGERS))
+    ours = [str(found["lmcache-core"]), str(found["conformance"])]
+    session.run("pip", "install", "-q", "--force-reinstall", "--no-deps", *ours)
+    session.install("-q", *ours)
+    session.run("lmcache-conformance", "new", "mystore", str(new))
+    session.install("-q", str(new))
+    judge(session, "mystore", "core")
+    for source, backend, profiles in STRANGERS:
+        session.install("-q", "--force-reinstall", "--no-deps", str(found[source]))
+        judge(session, backend, *profiles)
+        session.run("pip", "uninstall", "-q", "-y", f"lmcache-backend-{backend}")
+
+
+STRANGERS = (
+    ("examples/third_party_backend", "sqlite", ("core",)),
+    ("examples/third_party_native", "shelf", ("core", "resilient", "direct")),
+)
+
+
+@nox.session(python=PYTHON)
+def mutants(session: nox.Session) -> None:
+    """The suite judges itself: each wrong backend is found, and most mechanical mutants are."""
+    install_local(session, "pytest", "hypothesis")
+    env = {"PYTHONPATH": str(ROOT / "conformance" / "tests")}
+    session.run("python", "-m", "mutants.run", env=env)
+    session.run("python", "-m", "mutants.mechanical", "--limit", "100", env=env)
+
+
+@nox.session(python=PYTHON)
+def api(session: nox.Session) -> None:
+    """The contract's public names against the committed snapshot; `-- --write` renews it."""
+    session.install("-q", "griffe>=1.7")
+    session.run("python", "tools/api_snapshot.py", *session.posargs)
 
 
 def vllm_python(session: nox.Session) -> str:

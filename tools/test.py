@@ -13,7 +13,12 @@ from system import need
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / "build" / "venv-nox"
-SESSIONS = ("lint", "types", "imports", "unit", "wheels", "vllm", "demo")
+# fmt: off
+SESSIONS = (
+    "lint", "types", "imports", "api", "unit", "wheels", "conformance", "third_party", "mutants",
+    "vllm", "demo",
+)
+# fmt: on
 
 
 def system_packages() -> None:

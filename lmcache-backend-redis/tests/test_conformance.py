@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lmcache_backend_redis.conformance import RedisHarness, RedisUnixHarness
 from lmcache_conformance import ConnectorConformance
+
+pytestmark = pytest.mark.conformance
 
 
 class TestTcp(ConnectorConformance):

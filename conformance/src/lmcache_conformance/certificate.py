@@ -182,7 +182,11 @@ def write(found: Certificate, folder: Path) -> Path:
     return path
 
 
-HEADER = "| backend | version | core | resilient | durable | direct | plan | checks |\n" + "|---" * 8 + "|"
+HEADER = (
+    "| backend | version | core | resilient | durable | direct | plan | checks |\n"
+    + "|---" * 8
+    + "|"
+)
 
 
 def row(found: Certificate) -> str:
@@ -190,9 +194,7 @@ def row(found: Certificate) -> str:
     words = " | ".join(found.profiles[profile.value] for profile in PROFILES)
     version = found.versions.get("backend", "")
     passed = found.totals.get(Outcome.PASS.value, 0)
-    return (
-        f"| {found.backend} | {version} | {words} | {found.plan} | {passed} of {found.planned} |"
-    )
+    return f"| {found.backend} | {version} | {words} | {found.plan} | {passed} of {found.planned} |"
 
 
 def suite_version() -> str:

@@ -63,7 +63,14 @@ class Server:
         return {"pid": os.getpid()}
 
     def do_put(
-        self, *, arm: Any, key: str, seed: int, nbytes: int, seconds: float = 10, guard: bool = False
+        self,
+        *,
+        arm: Any,
+        key: str,
+        seed: int,
+        nbytes: int,
+        seconds: float = 10,
+        guard: bool = False,
     ) -> dict[str, Any]:
         memory = Memory.of([value(seed, nbytes)])
         if guard:
@@ -162,7 +169,9 @@ class Server:
         assert self._store is not None
         return self._store
 
-    def _watch(self, memory: Memory, nbytes: int, watch_s: float, abandoned: bool) -> dict[str, Any]:
+    def _watch(
+        self, memory: Memory, nbytes: int, watch_s: float, abandoned: bool
+    ) -> dict[str, Any]:
         end_s = time.monotonic() + watch_s
         released = not abandoned
         while not released and time.monotonic() < end_s:

@@ -91,9 +91,7 @@ class Judge:
 
     def _started(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(
-                prefix="lmc-", ignore_cleanup_errors=True
-            )
+            self._folder = tempfile.TemporaryDirectory(prefix="lmc-", ignore_cleanup_errors=True)
             (Path(self._folder.name) / "store").mkdir()
             self.harness.start(Path(self._folder.name) / "store")
         return Path(self._folder.name)

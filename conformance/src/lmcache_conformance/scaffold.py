@@ -10,7 +10,7 @@ from lmcache_core.sdk import ConfigError
 
 _TEMPLATE = Path(__file__).with_name("template")
 _FAMILIES = {
-    "A": "What a backend says of itself", "B": "One key", "C": "Batches", "D": "Sizes and alignment",
+    "A": "What a backend says of itself", "B": "One key", "C": "Batches", "D": "Sizes",
     "E": "Keys", "F": "Concurrency and close", "G": "Ownership of memory", "H": "Faults",
     "I": "Durability", "J": "Capacity and leases", "K": "Like a dictionary", "L": "Leaks",
     "Z": "Zero copy, regions, submit", "P": "Performance (reported only)",

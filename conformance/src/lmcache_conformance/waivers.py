@@ -1,10 +1,10 @@
 """``kv-waivers.toml``: failures that an author knows of, each with a reason and an end.
 
-    [[waiver]]
-    id = "H6"
-    reason = "the vendor's client counts round trips"
-    link = "https://example.org/issues/1"
-    expires = 2027-03-01
+[[waiver]]
+id = "H6"
+reason = "the vendor's client counts round trips"
+link = "https://example.org/issues/1"
+expires = 2027-03-01
 """
 
 from __future__ import annotations

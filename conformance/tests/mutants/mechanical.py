@@ -35,19 +35,22 @@ MODULES = {
         for name in ("connector", "layout", "reading", "writing", "wire", "sessions")
     ],
 }
+HARNESSES = {"memory": ["memory"], "file": ["file", "file-synced:I5"], "redis": ["redis"]}
 EXPLAINED = Path(__file__).with_name("survivors.json")
 _JUDGE = """
 import sys
 from lmcache_conformance.frame import Outcome, Profile
 from lmcache_conformance.judge import find, judging
-with judging(find(sys.argv[1]), seed=1) as judge:
+import os
+for word in sys.argv[1:]:
+  name, _, only = word.partition(":")
+  with judging(find(name), seed=1) as judge:
     for check in judge.plan:
-        if check.profile is Profile.REPORT:
+        if check.profile is Profile.REPORT or only not in ("", check.id):
             continue
         result = judge.run(check)
         if result.outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE):
             print(check.id, result.reason, flush=True)
-            import os
             judge.close()
             os._exit(1)
 """
@@ -93,7 +96,7 @@ def judge(backend: str, module: str, mutation: Mutation, folder: Path) -> Verdic
     }
     started_s = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-c", _JUDGE, backend],
+        [sys.executable, "-c", _JUDGE, *HARNESSES[backend]],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

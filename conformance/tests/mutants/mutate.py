@@ -75,19 +75,19 @@ def _changes(node: ast.AST) -> Iterator[Change]:
         yield f"{type(node.ops[0]).__name__} -> {other.__name__}", lambda: _set_op(node, other)
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
         swapped = _ARITHMETIC[type(node.op)]
-        yield f"{type(node.op).__name__} -> {swapped.__name__}", lambda: setattr(node, "op", swapped())
+        said = f"{type(node.op).__name__} -> {swapped.__name__}"
+        yield said, lambda: setattr(node, "op", swapped())
     if isinstance(node, ast.BoolOp):
         both = ast.Or if isinstance(node.op, ast.And) else ast.And
         yield f"-> {both.__name__}", lambda: setattr(node, "op", both())
     if isinstance(node, (ast.If, ast.While)):
-        yield "condition negated", lambda: setattr(
-            node, "test", ast.UnaryOp(ast.Not(), node.test)
-        )
+        yield "condition negated", lambda: setattr(node, "test", ast.UnaryOp(ast.Not(), node.test))
     if isinstance(node, ast.Constant) and type(node.value) in (int, bool):
         new = (not node.value) if isinstance(node.value, bool) else node.value + 1
         yield f"{node.value!r} -> {new!r}", lambda: setattr(node, "value", new)
     if isinstance(node, ast.Return) and node.value is not None:
-        if not (isinstance(node.value, ast.Constant) and node.value.value is None):
+        nothing = isinstance(node.value, ast.Constant) and node.value.value is None
+        if not nothing:
             yield "return None", lambda: setattr(node, "value", ast.Constant(None))
     for field in ("body", "orelse", "finalbody"):
         block = getattr(node, field, [])

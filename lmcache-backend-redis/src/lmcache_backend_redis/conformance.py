@@ -52,20 +52,20 @@ class RedisHarness(TcpHarness):
         with self._client() as client:
             piece = self._head(client, key).names(key)[0]
             middle = int(client.strlen(piece)) // 2
-            byte = bytes(client.getrange(piece, middle, middle))
+            byte = self._value(client, piece)[middle : middle + 1]
             client.setrange(piece, middle, bytes([byte[0] ^ 0x10]))
 
     def truncate(self, key: bytes) -> None:
         with self._client() as client:
             piece = self._head(client, key).names(key)[-1]
-            client.set(piece, bytes(client.get(piece) or b"")[:-5])
+            client.set(piece, self._value(client, piece)[:-5])
 
     def raw_get(self, key: bytes) -> bytes | None:
         with self._client() as client:
             if not client.exists(head_name(key)):
                 return None
             names = self._head(client, key).names(key)
-            return b"".join(bytes(client.get(name) or b"") for name in names)
+            return b"".join(self._value(client, name) for name in names)
 
     def server_version(self) -> str:
         with self._client() as client:
@@ -74,8 +74,12 @@ class RedisHarness(TcpHarness):
     def _client(self) -> redis.Redis:
         return redis.Redis(port=self.server.port)
 
+    def _value(self, client: redis.Redis, name: bytes) -> bytes:
+        found = client.get(name)
+        return found if isinstance(found, bytes) else b""
+
     def _head(self, client: redis.Redis, key: bytes) -> Head:
-        head = Head.decode(bytes(client.get(head_name(key)) or b""))
+        head = Head.decode(self._value(client, head_name(key)))
         assert head is not None, "the key is not there"
         return head
 

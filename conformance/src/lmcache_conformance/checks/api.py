@@ -21,6 +21,7 @@ from lmcache_core.sdk import (
     RemoteConnector,
     SupportsScan,
 )
+from lmcache_core.url import split_options
 
 _IMPORT = """
 import json, os, sys, threading, traceback
@@ -98,12 +99,8 @@ def info_describes_the_backend(rig: Rig) -> None:
     info = plugins.load(scheme, entry_points_of(rig.url, rig.harness.module)).info
     rig.expect(scheme in info.schemes, f"schemes {info.schemes} lack {scheme!r}")
     rig.expect(bool(info.name and info.version), "name and version are needed")
-    rig.expect(
-        tuple(info.api_min) <= API_VERSION, f"api_min {info.api_min} is above {API_VERSION}"
-    )
-    rig.expect(
-        tuple(info.api_tested) >= tuple(info.api_min), "api_tested is below api_min"
-    )
+    rig.expect(tuple(info.api_min) <= API_VERSION, f"api_min {info.api_min} is above {API_VERSION}")
+    rig.expect(tuple(info.api_tested) >= tuple(info.api_min), "api_tested is below api_min")
     for option in info.options:
         rig.expect(
             type(option.default) is option.type,
@@ -130,7 +127,7 @@ def probe_only_looks(rig: Rig) -> None:
     if rig.harness.module:
         scheme_points = entry_points_of(rig.url, rig.harness.module)
         backend = plugins.load(rig.url.partition(":")[0], scheme_points)
-        bare, options = plugins.split_options(rig.url, backend.info.options, backend.info.name)
+        bare, options = split_options(rig.url, backend.info.options, backend.info.name)
         environment = dict(os.environ)
         probe = backend.hook.lmcache_probe(url=bare, options=options)
         rig.expect(dict(os.environ) == environment, "the probe wrote to the environment")

@@ -19,8 +19,12 @@ def _small(rig: Rig) -> str:
     return rig.harness.small_url(_ROOM)
 
 
-@check("J1", profile=Profile.RESILIENT, limit_s=300,
-       fix="a full store answers REJECTED, or evicts and claims it")  # fmt: skip
+@check(
+    "J1",
+    profile=Profile.RESILIENT,
+    limit_s=300,
+    fix="a full store answers REJECTED, or evicts and claims it",
+)
 def fill(rig: Rig) -> None:
     """A full store answers REJECTED, or evicts where it claims to; what it acknowledged and did
     not evict is whole; after a delete there is room again."""
@@ -66,7 +70,11 @@ def fill(rig: Rig) -> None:
     rig.expect_value(rig.key("again"), value(7, size), "after the store was full", store)
 
 
-@check("J2", profile=Profile.RESILIENT, fix="count a value when it is published, and take it off at delete")
+@check(
+    "J2",
+    profile=Profile.RESILIENT,
+    fix="count a value when it is published, and take it off at delete",
+)
 def used_bytes(rig: Rig) -> None:
     """Where capacity is reported, used_bytes grows with a put and falls with a delete."""
     if not rig.claims.capacity_reported:
@@ -90,7 +98,9 @@ def used_bytes(rig: Rig) -> None:
         time.sleep(0.1)
 
 
-@check("J3", profile=Profile.RESILIENT, fix="refuse to evict or delete what another holds a lease on")
+@check(
+    "J3", profile=Profile.RESILIENT, fix="refuse to evict or delete what another holds a lease on"
+)
 def leases(rig: Rig) -> None:
     """Where leases are claimed: a lease keeps a value from another's delete, not from our own, and
     expires."""

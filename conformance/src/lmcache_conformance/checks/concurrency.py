@@ -9,7 +9,14 @@ from lmcache_conformance.checks.api import expect_closed
 from lmcache_conformance.frame import Wrong, check
 from lmcache_conformance.memory import value
 from lmcache_conformance.rig import Rig, in_threads, within
-from lmcache_core.sdk import CLOSE_LIMIT_S, BackendClosed, BackendUnavailable, GetResult, Status
+from lmcache_core.sdk import (
+    CLOSE_LIMIT_S,
+    BackendClosed,
+    BackendUnavailable,
+    GetResult,
+    RemoteConnector,
+    Status,
+)
 
 
 @check("F1", fix="share nothing between calls but what a lock guards; claim less max_concurrency")
@@ -67,43 +74,51 @@ def close_during_calls(rig: Rig) -> None:
         store, size = rig.open(), rig.size(256 << 10)
         key, content = rig.key(), value(rig.seed, size)
         rig.must_put({key: content}, store)
-        stop = threading.Event()
-
-        def work(store=store, key=key, content=content, stop=stop) -> None:  # type: ignore[no-untyped-def]
-            try:
-                while not stop.is_set():
-                    result, found = rig.get(key, len(content), store, seconds=2.0)
-                    if result.status is Status.OK:
-                        rig.expect(found == content, "a get during close gave wrong bytes")
-                        rig.put({key: content}, store, seconds=2.0)
-            except (BackendClosed, BackendUnavailable):
-                return
-
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
-        if store.capabilities.max_concurrency < 2:
-            threads = threads[:1]
-        errors: list[BaseException] = []
-        hook, threading.excepthook = threading.excepthook, lambda args: errors.append(
-            args.exc_value or Wrong(str(args.exc_type))
-        )
-        try:
-            for thread in threads:
-                thread.start()
-            time.sleep(0.03)
-            started_s = time.monotonic()
-            store.close()
-            seconds = time.monotonic() - started_s
-            time.sleep(0.02)
-            stop.set()
-            for thread in threads:
-                thread.join(4.0)
-        finally:
-            threading.excepthook = hook
+        busy = _Busy(rig, store, key, content)
+        time.sleep(0.03)
+        started_s = time.monotonic()
+        store.close()
+        seconds = time.monotonic() - started_s
+        time.sleep(0.02)
+        busy.stop()
         rig.expect(seconds < CLOSE_LIMIT_S + 0.25, f"close() took {seconds:.1f} s")
-        rig.expect(not any(t.is_alive() for t in threads), "a call hangs after close()")
-        if errors:
-            raise errors[0]
         expect_closed(rig, store, "after close()")
+
+
+class _Busy:
+    """Threads that get and put one key of one connector until it is closed."""
+
+    def __init__(self, rig: Rig, store: RemoteConnector, key: bytes, content: bytes) -> None:
+        self._rig, self._store, self._key, self._content = rig, store, key, content
+        self._stop = threading.Event()
+        self._errors: list[BaseException] = []
+        count = min(2, store.capabilities.max_concurrency)
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Wait for every call to end; what one did wrong is raised."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(4.0)
+        if any(thread.is_alive() for thread in self._threads):
+            raise Wrong("a call hangs after close()")
+        if self._errors:
+            raise self._errors[0]
+
+    def _run(self) -> None:
+        rig, store = self._rig, self._store
+        try:
+            while not self._stop.is_set():
+                result, found = rig.get(self._key, len(self._content), store, seconds=2.0)
+                if result.status is Status.OK:
+                    rig.expect(found == self._content, "a get during close gave wrong bytes")
+                    rig.put({self._key: self._content}, store, seconds=2.0)
+        except (BackendClosed, BackendUnavailable):
+            return
+        except BaseException as error:  # raised again by `stop`
+            self._errors.append(error)
 
 
 @check("F4", fix="release in close() what open made: descriptors, threads, pools")

@@ -18,7 +18,11 @@ from lmcache_core.sdk import (
 _VALUE = 64 << 20
 
 
-@check("Z1", profile=Profile.DIRECT, fix="move straight between the buffer and the store, or drop the claim")
+@check(
+    "Z1",
+    profile=Profile.DIRECT,
+    fix="move straight between the buffer and the store, or drop the claim",
+)
 def zero_copy(rig: Rig) -> None:
     """Where zero_copy is claimed, moving a value takes less than 10 % of its size in further host
     memory."""
@@ -35,7 +39,9 @@ def zero_copy(rig: Rig) -> None:
             share = found["extra_bytes"] / size
             op = "put_from" if put else "get_into"
             rig.figures[f"{op}_extra_share"] = round(share, 4)
-            rig.expect(share < 0.10, f"{op} of {size >> 20} MiB took {share:.0%} of that in addition")
+            rig.expect(
+                share < 0.10, f"{op} of {size >> 20} MiB took {share:.0%} of that in addition"
+            )
 
 
 @check("Z2", profile=Profile.DIRECT, fix="register regions() at open, and follow on_region_added")
@@ -63,7 +69,9 @@ def regions(rig: Rig) -> None:
         rig.expect_value(key, content, "outside of every region")
 
 
-@check("Z3", profile=Profile.DIRECT, fix="poll gives None until every key is decided, then one list")
+@check(
+    "Z3", profile=Profile.DIRECT, fix="poll gives None until every key is decided, then one list"
+)
 def submit_and_poll(rig: Rig) -> None:
     """Where submit is claimed: a started get is decided by its deadline, like get_into."""
     if not rig.claims.submit:

@@ -53,8 +53,11 @@ def _expect_answer(rig: Rig, found: dict[str, Any], what: str) -> None:
         )
 
 
-@check("H1", profile=Profile.RESILIENT,
-       fix="map a refused connection to BackendUnavailable, at open and in every call")  # fmt: skip
+@check(
+    "H1",
+    profile=Profile.RESILIENT,
+    fix="map a refused connection to BackendUnavailable, at open and in every call",
+)
 def refused(rig: Rig) -> None:
     """With the store gone, open and every call answer within the deadline, with
     BackendUnavailable or unfinished keys, and work again without being reopened when it is back."""
@@ -89,8 +92,12 @@ def refused(rig: Rig) -> None:
     rig.expect_one_of(key, [content, None], len(content), "after the store was gone")
 
 
-@check("H2", profile=Profile.RESILIENT, limit_s=300,
-       fix="read until the whole reply is there; a stream that broke off is closed, not used again")  # fmt: skip
+@check(
+    "H2",
+    profile=Profile.RESILIENT,
+    limit_s=300,
+    fix="read until the whole reply is there; close a stream that broke off",
+)
 def cut_during_a_get(rig: Rig) -> None:
     """A connection that breaks after any byte of a get gives the right value or no value, and the
     next get is right."""
@@ -115,8 +122,12 @@ def cut_during_a_get(rig: Rig) -> None:
         rig.expect_value(key, content, f"after a cut at byte {offset} of a reply")
 
 
-@check("H3", profile=Profile.RESILIENT, limit_s=300,
-       fix="write aside and publish with one last atomic step")  # fmt: skip
+@check(
+    "H3",
+    profile=Profile.RESILIENT,
+    limit_s=300,
+    fix="write aside and publish with one last atomic step",
+)
 def cut_during_a_put(rig: Rig) -> None:
     """A connection that breaks after any byte of a put leaves the old value, the new one or none,
     whole; the put says OK only when the new one is there."""
@@ -125,8 +136,9 @@ def cut_during_a_put(rig: Rig) -> None:
     start = rig.proxy.sent_bytes
     rig.must_put({rig.key("first"): value(rig.seed, size)})
     total = rig.proxy.sent_bytes - start
-    for turn, offset in enumerate(sorted({0, 1, 20, total // 3, total // 2, total - 200,
-        total - 40, total - 1, *(range(0, total, max(1, total // 64)) if rig.full else ())})):  # fmt: skip
+    ends = {total // 3, total // 2, total - 200, total - 40, total - 1}
+    every = range(0, total, max(1, total // 64)) if rig.full else ()
+    for turn, offset in enumerate(sorted({0, 1, 20, *ends, *every})):
         key, old, new = rig.key(f"k{turn}"), value(turn, size), value(turn + 1000, size)
         rig.must_put({key: old})
         rig.proxy.faults.cut_after_bytes = rig.proxy.sent_bytes + offset
@@ -141,9 +153,13 @@ def cut_during_a_put(rig: Rig) -> None:
         rig.expect_one_of(key, allowed, size, f"a put cut after byte {offset} ({said})")
 
 
-@check("H4", profile=Profile.RESILIENT, limit_s=120,
-       fix="hand the time that is left to every blocking call; GuardedLoop and AbandoningLoop do "
-       "it for libraries without a time-out")  # fmt: skip
+@check(
+    "H4",
+    profile=Profile.RESILIENT,
+    limit_s=120,
+    fix="hand the time that is left to every blocking call; GuardedLoop and AbandoningLoop do "
+    "it for libraries without a time-out",
+)
 def stands_still(rig: Rig) -> None:
     """While the store stands still every call returns by its deadline + 250 ms, and works again
     afterwards."""
@@ -170,7 +186,9 @@ def stands_still(rig: Rig) -> None:
             _expect_answer(rig, found, f"{op} of a store that stands still")
             time.sleep(0 if arm is None else 1.3)
         end_s = time.monotonic() + 10
-        while child.call("get", key=key.hex(), nbytes=len(content)).get("digest") != digest(content):
+        while child.call("get", key=key.hex(), nbytes=len(content)).get("digest") != digest(
+            content
+        ):
             rig.expect(time.monotonic() < end_s, "after a stall the value does not come back")
             time.sleep(0.1)
         new = child.call("get", key=rig.key("new").hex(), nbytes=len(content))
@@ -178,8 +196,11 @@ def stands_still(rig: Rig) -> None:
         rig.expect(new.get("digest") in whole, "a put during a stall left another value")
 
 
-@check("H5", profile=Profile.RESILIENT,
-       fix="a lost reply leaves the key in doubt: answer TIMED_OUT and close that connection")  # fmt: skip
+@check(
+    "H5",
+    profile=Profile.RESILIENT,
+    fix="a lost reply leaves the key in doubt: answer TIMED_OUT and close that connection",
+)
 def replies_are_lost(rig: Rig) -> None:
     """On a half-open connection (the store acts, its replies are lost) calls end by their
     deadline, and no later call takes an earlier one's reply for its own."""
@@ -207,7 +228,9 @@ def replies_are_lost(rig: Rig) -> None:
     rig.expect_one_of(first, [contents[first], new], size, "after replies were lost")
 
 
-@check("H6", profile=Profile.RESILIENT, fix="never count round trips as time: a slow store is a store")
+@check(
+    "H6", profile=Profile.RESILIENT, fix="never count round trips as time: a slow store is a store"
+)
 def slow_store(rig: Rig) -> None:
     """A store that answers 10 ms late is slow, not wrong."""
     _behind_a_proxy(rig)
@@ -220,8 +243,12 @@ def slow_store(rig: Rig) -> None:
         rig.expect_value(key, content, "from a slow store")
 
 
-@check("H7", profile=Profile.RESILIENT, limit_s=300,
-       fix="raise or answer what the system call said; an OSError in BatchLoop's functions is mapped")  # fmt: skip
+@check(
+    "H7",
+    profile=Profile.RESILIENT,
+    limit_s=300,
+    fix="raise or answer what the system call said; BatchLoop maps an OSError",
+)
 def io_error_at_every_call(rig: Rig) -> None:
     """When the n-th system call of an operation fails (EIO), for every n, the answer is no OK for
     what was not done, values stay whole, others untouched, and it works again."""
@@ -229,15 +256,21 @@ def io_error_at_every_call(rig: Rig) -> None:
         "name"))  # fmt: skip
 
 
-@check("H8", profile=Profile.RESILIENT,
-       fix="ENOSPC is REJECTED; remove what was written; never touch the value that is there")  # fmt: skip
+@check(
+    "H8",
+    profile=Profile.RESILIENT,
+    fix="ENOSPC is REJECTED; remove what was written; never touch the value that is there",
+)
 def disk_full_at_every_call(rig: Rig) -> None:
     """No space (ENOSPC) at the n-th writing call, for every n, harms nothing that is stored."""
     _each_call(rig, errno.ENOSPC, mask_of("write", "sync", "open", "name"))
 
 
-@check("H9", profile=Profile.RESILIENT,
-       fix="EMFILE says nothing about the value: FAILED or BackendUnavailable, and delete nothing")  # fmt: skip
+@check(
+    "H9",
+    profile=Profile.RESILIENT,
+    fix="EMFILE says nothing about the value: FAILED or BackendUnavailable, and delete nothing",
+)
 def no_file_descriptors(rig: Rig) -> None:
     """Out of file descriptors (EMFILE) nothing is called MISS that is there, nothing is deleted,
     and it works again when there are some."""
@@ -261,8 +294,12 @@ def no_file_descriptors(rig: Rig) -> None:
         rig.expect(found.get("digest") in allowed, f"after EMFILE: {found}")
 
 
-@check("H10", profile=Profile.RESILIENT, limit_s=120,
-       fix="connect again when the old connection is dead; do not wait for a reopen")  # fmt: skip
+@check(
+    "H10",
+    profile=Profile.RESILIENT,
+    limit_s=120,
+    fix="connect again when the old connection is dead; do not wait for a reopen",
+)
 def server_restart(rig: Rig) -> None:
     """After the store's server was killed and started again the connector works without being
     reopened, and what is there is whole."""
@@ -287,8 +324,11 @@ def server_restart(rig: Rig) -> None:
         rig.expect_one_of(key, [content, None], size, "after a restart of the server")
 
 
-@check("H11", profile=Profile.RESILIENT,
-       fix="frame and checksum values, or leave `checksums` unclaimed: core's envelope checks then")  # fmt: skip
+@check(
+    "H11",
+    profile=Profile.RESILIENT,
+    fix="frame and checksum values, or do not claim `checksums`: core checks",
+)
 def damaged_values(rig: Rig) -> None:
     """Where ``checksums`` is claimed, a value with a flipped bit or a lost tail is CORRUPT or
     MISS; else core's envelope refuses what comes."""
@@ -383,8 +423,6 @@ def _nth_call(
         earlier = digest(old) if before is not None else None
         allowed = {digest(new)} if said == "OK" else {earlier, digest(new), None}
     after = child.call("get", key=key.hex(), nbytes=size)
-    rig.expect(
-        after.get("status") in ("OK", "MISS", "CORRUPT"), f"after {what}: {after}"
-    )
+    rig.expect(after.get("status") in ("OK", "MISS", "CORRUPT"), f"after {what}: {after}")
     rig.expect(after.get("digest") in allowed, f"after {what} (answered {said}): {after}")
     return sum(found.get("seen", {}).values()), hit

@@ -10,7 +10,8 @@ from lmcache_core.sdk import Status
 AWKWARD = [
     b"\0", b"/", b"..", b".", b"a", b"A", b"~", b"*", b"?", b"[a]", b"{a}", b"%2e", b"-rf", b"\n",
     b"a/b", b"a\\b", b"../../etc/passwd", b"\n\r\0 ", b" a", b"a ", b"a\0", b"a\0b", b"\xe9",
-    b"\xc3\xa9", b"e\xcc\x81", b"61", b"\xff" * 64, b"\0" * 64, b"x" * 64, b"x" * 63, bytes(range(64)),
+    b"\xc3\xa9", b"e\xcc\x81", b"61", b"\xff" * 64, b"\0" * 64, b"x" * 64, b"x" * 63,
+    bytes(range(64)),
     b"p" * 16 + b"1", b"p" * 16 + b"2", b"p" * 32 + b"1", b"p" * 32 + b"2", b"P" * 32 + b"1",
     b"CON", b"con", b"lost+found", b"tmp", b"v1",
 ]  # fmt: skip
@@ -36,7 +37,9 @@ def _clean(rig: Rig, keys: list[bytes]) -> None:
         rig.store.delete(keys[start : start + batch], within(10))
 
 
-@check("E1", fix="encode keys (hex) where the store gives bytes a meaning; never decode them as text")
+@check(
+    "E1", fix="encode keys (hex) where the store gives bytes a meaning; never decode them as text"
+)
 def awkward_keys(rig: Rig) -> None:
     """NUL, '/', '..', case twins, spaces, wildcards, text that is not UTF-8, and lengths 1 and 64
     are all different keys."""
@@ -69,8 +72,11 @@ def shared_prefixes(rig: Rig) -> None:
     _all_there(rig, {key: value(i, rig.size(64)) for i, key in enumerate(dict.fromkeys(keys))})
 
 
-@check("E4", fix="spread keys over directories or slots; nothing may be linear in their number",
-       limit_s=600)  # fmt: skip
+@check(
+    "E4",
+    fix="spread keys over directories or slots; nothing may be linear in their number",
+    limit_s=600,
+)
 def many_keys(rig: Rig) -> None:
     """With many keys in the store (2,000, or 100,000 in the full plan) every one is found."""
     count = 100_000 if rig.full else 2_000

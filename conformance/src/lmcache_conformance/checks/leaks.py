@@ -69,10 +69,12 @@ def _expect_flat(rig: Rig, cycle: Callable[[int], None], what: str) -> None:
     after = settled(before)
     rig.expect(after.files <= before.files, f"{after.files - before.files} files more after {what}")
     rig.expect(
-        after.threads <= before.threads, f"{after.threads - before.threads} threads more after {what}"
+        after.threads <= before.threads,
+        f"{after.threads - before.threads} threads more after {what}",
     )
     rig.expect(
-        after.shared <= before.shared, f"{after.shared - before.shared} shared maps more after {what}"
+        after.shared <= before.shared,
+        f"{after.shared - before.shared} shared maps more after {what}",
     )
     grown = after.rss_bytes - before.rss_bytes
     rig.expect(
@@ -96,7 +98,12 @@ def cycles_leak_nothing(rig: Rig) -> None:
     _expect_flat(rig, cycle, "cycles")
 
 
-@check("L2", profile=Profile.RESILIENT, limit_s=300, fix="release in `finally`: a failed call returns too")
+@check(
+    "L2",
+    profile=Profile.RESILIENT,
+    limit_s=300,
+    fix="release in `finally`: a failed call returns too",
+)
 def failed_calls_leak_nothing(rig: Rig) -> None:
     """Calls that miss, mismatch, are too late or break the contract leave nothing behind."""
     key, size = rig.key("k"), rig.size(64 << 10)
@@ -115,7 +122,9 @@ def failed_calls_leak_nothing(rig: Rig) -> None:
     _expect_flat(rig, cycle, "failed calls")
 
 
-@check("L3", profile=Profile.RESILIENT, limit_s=300, fix="close the socket of a connection that failed")
+@check(
+    "L3", profile=Profile.RESILIENT, limit_s=300, fix="close the socket of a connection that failed"
+)
 def broken_connections_leak_nothing(rig: Rig) -> None:
     """Calls over connections that break or are refused leave nothing behind; connections at the
     store stay within max_concurrency, and end with the connector."""

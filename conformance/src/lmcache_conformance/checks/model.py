@@ -26,7 +26,10 @@ def like_a_dictionary(rig: Rig) -> None:
     keeps = rig.claims.on_existing is OnExisting.KEEP
     steps = st.lists(
         st.tuples(
-            st.sampled_from(_OPS), st.integers(0, 3), st.integers(0, len(sizes) - 1), st.integers(0, 9)
+            st.sampled_from(_OPS),
+            st.integers(0, 3),
+            st.integers(0, len(sizes) - 1),
+            st.integers(0, 9),
         ),
         min_size=1,
         max_size=25,
@@ -68,8 +71,8 @@ def like_a_dictionary(rig: Rig) -> None:
                 rig.expect(rig.store.exists([key], within(10)) == [due], f"{said}: due {due.name}")
             else:
                 numbers = range(4) if op == "get_many" else [number]
-                for each in numbers:
-                    name = rig.key(f"{run}-{each}")
+                for one in numbers:
+                    name = rig.key(f"{run}-{one}")
                     if name in model:
                         rig.expect_value(name, model[name], said)
                     else:
@@ -78,8 +81,12 @@ def like_a_dictionary(rig: Rig) -> None:
     follow()
 
 
-@check("K2", limit_s=300, profile=Profile.RESILIENT, fix="an answer other than OK leaves the key in doubt, "
-       "but whole: publish in one step")  # fmt: skip
+@check(
+    "K2",
+    limit_s=300,
+    profile=Profile.RESILIENT,
+    fix="an answer other than OK leaves the key in doubt, but whole: publish in one step",
+)
 def like_a_dictionary_under_faults(rig: Rig) -> None:
     """With the connection breaking at random, every key stays old, new or absent, whole, and OK is
     kept."""

@@ -100,8 +100,12 @@ def source_is_read_only(rig: Rig) -> None:
     rig.expect(memory.array.tobytes() == before, "put_from changed its source")
 
 
-@check("G5", limit_s=90, fix="bounce through memory of your own, or answer ABANDONED and call "
-       "HostServices.released(token) when the library is done")  # fmt: skip
+@check(
+    "G5",
+    limit_s=90,
+    fix="bounce through memory of your own, or answer ABANDONED and call "
+    "HostServices.released(token) when the library is done",
+)
 def no_write_after_timed_out(rig: Rig) -> None:
     """A get that a standing store makes late: after TIMED_OUT nothing writes to its target for 2 s
     once the store goes on; after ABANDONED nothing after released(token)."""
@@ -113,9 +117,7 @@ def no_write_after_timed_out(rig: Rig) -> None:
             if arm is not None:
                 # The last call of a get is what moves the bytes.
                 arm["at"] = sum(warm["seen"].values())
-            found = child.call(
-                "get", key=key.hex(), nbytes=size, seconds=0.4, watch_s=3.2, arm=arm
-            )
+            found = child.call("get", key=key.hex(), nbytes=size, seconds=0.4, watch_s=3.2, arm=arm)
         if "error" in found:
             return
         status = found["status"]

@@ -16,7 +16,11 @@ from lmcache_core.sdk import Status
 def throughput(rig: Rig) -> None:
     """GB/s of put and get at 64 KiB, 1 MiB and 32 MiB, and their share of memcpy beside them."""
     store = rig.open(rig.harness.direct_url())
-    for label, nbytes, turns in (("64KiB", 64 << 10, 40), ("1MiB", 1 << 20, 20), ("32MiB", 32 << 20, 4)):
+    for label, nbytes, turns in (
+        ("64KiB", 64 << 10, 40),
+        ("1MiB", 1 << 20, 20),
+        ("32MiB", 32 << 20, 4),
+    ):
         size = rig.size(nbytes)
         if size > rig.claims.max_value_bytes:
             continue

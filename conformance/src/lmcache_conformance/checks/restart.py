@@ -49,7 +49,9 @@ def process_exit(rig: Rig) -> None:
     _expect_kept(rig, keys, size, "after the writing process ended")
 
 
-@check("I2", profile=Profile.DURABLE, fix="hold no acknowledged value in memory of the process alone")
+@check(
+    "I2", profile=Profile.DURABLE, fix="hold no acknowledged value in memory of the process alone"
+)
 def process_killed(rig: Rig) -> None:
     """From ``process`` on: what a process was told is stored is there after its SIGKILL."""
     _needs(rig, Durability.PROCESS)
@@ -62,8 +64,12 @@ def process_killed(rig: Rig) -> None:
     _expect_kept(rig, keys, size, "after the writing process was killed")
 
 
-@check("I3", profile=Profile.DURABLE, limit_s=300,
-       fix="publish with the last system call: rename, or one transaction")  # fmt: skip
+@check(
+    "I3",
+    profile=Profile.DURABLE,
+    limit_s=300,
+    fix="publish with the last system call: rename, or one transaction",
+)
 def killed_at_every_call(rig: Rig) -> None:
     """A process killed before the n-th system call of a put, for every n, leaves the old value,
     the new one or none, whole; a new connector opens and works."""
@@ -95,9 +101,11 @@ def killed_at_every_call(rig: Rig) -> None:
         again.close()
 
 
-@check("I4", profile=Profile.DURABLE, fix="claim server only when the server writes before it answers")
+@check(
+    "I4", profile=Profile.DURABLE, fix="claim server only when the server writes before it answers"
+)
 def server_killed(rig: Rig) -> None:
-    """From ``server`` on: what was acknowledged is there after the server was killed and started."""
+    """From ``server`` on: what was acknowledged is there after the server was killed."""
     _needs(rig, Durability.SERVER)
     if rig.claims.durability is Durability.HOST and not rig.harness.offers("kill"):
         raise NotClaimed("there is no server")

@@ -41,7 +41,9 @@ def over_max_value_bytes(rig: Rig) -> None:
     asked = [key, neighbour] if rig.claims.max_batch > 1 else [key]
     sources = memory.buffers(read_only=True)[: len(asked)]
     answers = rig.store.put_from(asked, sources, within(30))
-    rig.expect(answers[0] is Status.REJECTED, f"{most + step} bytes were answered {answers[0].name}")
+    rig.expect(
+        answers[0] is Status.REJECTED, f"{most + step} bytes were answered {answers[0].name}"
+    )
     rig.expect(answers[1:] in ([], [Status.OK]), "the key beside a value too large was not OK")
     rig.expect_absent(key, "a value over max_value_bytes")
 
@@ -87,9 +89,7 @@ def alignment_as_claimed(rig: Rig) -> None:
     rig.expect_absent(key, "after misaligned puts")
 
 
-@check(
-    "D5", full_only=True, limit_s=600, fix="use 64-bit sizes; split calls that take a C int"
-)
+@check("D5", full_only=True, limit_s=600, fix="use 64-bit sizes; split calls that take a C int")
 def around_two_gibibytes(rig: Rig) -> None:
     """Where max_value_bytes allows it, values of 2^31-1, 2^31 and 2^31+1 bytes come back whole."""
     step = rig.claims.alignment
