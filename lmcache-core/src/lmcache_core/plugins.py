@@ -7,7 +7,7 @@ own, so a broken one hurts only itself.
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -197,12 +197,24 @@ def _scheme(url: str) -> str:
 
 
 def _unknown(scheme: str, known: list[str]) -> ConfigError:
-    if scheme in _KNOWN:
+    other = _other_major(scheme)
+    if other is not None:
+        hint = f'its entry point is for another contract; pip install -U "{CORE}" "{other}"'
+    elif scheme in _KNOWN:
         hint = f"pip install lmcache-backend-{_KNOWN[scheme]}"
     else:
         near = difflib.get_close_matches(scheme, [*known, *_KNOWN], 1)
         hint = f"did you mean {near[0]}://?" if near else f"installed are {', '.join(known)}"
     return ConfigError(f"no backend serves {scheme}://", op="open", hint=hint)
+
+
+def _other_major(scheme: str) -> str | None:
+    """The distribution that serves ``scheme`` under a contract of another major."""
+    family = BACKEND_GROUP.rpartition(".")[0]
+    for entry in metadata.entry_points(name=scheme):
+        if entry.group.startswith(f"{family}.v") and entry.group != BACKEND_GROUP and entry.dist:
+            return entry.dist.name
+    return None
 
 
 def _import(ref: BackendRef) -> ModuleType:
@@ -230,7 +242,9 @@ def _check_requirement(ref: BackendRef) -> None:
         ours = _numbers(metadata.version(CORE))
         for op, text in re.findall(r"(>=|<=|==|~=|>|<)\s*([0-9.]+)", match[2]):
             if not _satisfies(ours, op, _numbers(text)):
-                raise _needs_newer(ref, f"it requires {line.strip()}")
+                older = op in ("<", "<=", "==", "~=") and _numbers(text) < ours
+                fix = ref.distribution if older else f"{CORE}{match[2].strip()}"
+                raise _needs_newer(ref, f"it requires {line.strip()}", fix)
 
 
 def _satisfies(ours: tuple[int, ...], op: str, theirs: tuple[int, ...]) -> bool:
@@ -246,18 +260,27 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-def _needs_newer(ref: BackendRef, why: str) -> ConfigError:
+def _needs_newer(ref: BackendRef, why: str, fix: str = CORE) -> ConfigError:
     return ConfigError(
         f"{ref.distribution} {ref.version} does not fit this core: {why}",
         backend=ref.scheme,
         op="load",
-        hint=f'pip install -U "{CORE}" "{ref.distribution}"',
+        hint=f'pip install -U "{fix}"',
     )
 
 
 def _broken(ref: BackendRef, message: str, hint: str) -> ConfigError:
-    text = f"{ref.distribution} {ref.version}: {message}"
+    text = f"{ref.distribution} {ref.version} ({_file_of(ref)}): {message}"
     return ConfigError(text, backend=ref.scheme, op="load", hint=hint)
+
+
+def _file_of(ref: BackendRef) -> str:
+    """The plugin module's file, or its name when it has none."""
+    try:
+        spec = importlib.util.find_spec(ref.module)
+    except (ImportError, ValueError):
+        spec = None
+    return spec.origin if spec is not None and spec.origin else ref.module
 
 
 def _near_hook(message: str) -> str:

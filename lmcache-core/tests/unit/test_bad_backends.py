@@ -63,7 +63,14 @@ class Site:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def install(self, text: str, *, dist: str = "lmcache-third", requires: str = "") -> str:
+    def install(
+        self,
+        text: str,
+        *,
+        dist: str = "lmcache-third",
+        requires: str = "",
+        group: str = "lmcache.backends.v1",
+    ) -> str:
         module = dist.replace("-", "_")
         (self.path / f"{module}.py").write_text(text)
         info = self.path / f"{module}-1.0.dist-info"
@@ -71,7 +78,7 @@ class Site:
         metadata = f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n"
         metadata += f"Requires-Dist: {requires}\n" if requires else ""
         (info / "METADATA").write_text(metadata)
-        (info / "entry_points.txt").write_text(f"[lmcache.backends.v1]\nthird = {module}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\nthird = {module}\n")
         importlib.invalidate_caches()
         return module
 
@@ -156,8 +163,8 @@ def test_two_packages_with_one_scheme_are_both_named(site: Site, host: HostServi
         ("import nosuchmodule", "", "nosuchmodule"),
         ("from lmcache_core.sdk import NotYet", "", 'pip install -U "lmcache-core"'),
         ("1/0", "", "ZeroDivisionError"),
-        (source(), "lmcache-core>=99", "lmcache-core>=99"),
-        (source(), "lmcache_core <0.5", "<0.5"),
+        (source(), "lmcache-core>=99", 'pip install -U "lmcache-core>=99"'),
+        (source(), "lmcache_core <0.5", 'pip install -U "lmcache-third"'),
         (source(api_min="(0, 99)"), "", "contract 0.99"),
         (source(api_min="(2, 0)"), "", "contract 2.0"),
         (source().replace("lmcache_probe", "lmcache_prob"), "", "lmcache_prob"),
@@ -178,6 +185,28 @@ def test_a_broken_backend_is_one_clear_error(
 ) -> None:
     site.install(text, requires=requires)
     assert words in refusal(host)
+
+
+def test_a_refusal_names_the_module_s_file(site: Site, host: HostServices) -> None:
+    site.install(source(claims="scan=True"))
+    assert str(site.path / "lmcache_third.py") in refusal(host)
+
+
+def test_a_backend_made_for_an_older_minor_works(site: Site, host: HostServices) -> None:
+    """It knows nothing of what was added since: every default means "not claimed"."""
+    older = source(api_min="(0, 1)").replace("api_tested=(0, 9)", "api_tested=(0, 1)")
+    site.install(older, requires="lmcache-core>=0.1,<1")
+    opened = plugins.open_connector("third://x", host)
+    assert opened.capabilities.checksums is False
+    opened.close()
+
+
+def test_a_backend_of_another_major_is_not_loaded(site: Site, host: HostServices) -> None:
+    module = site.install(source(), group="lmcache.backends.v2")
+    text = refusal(host)
+    assert "another contract" in text
+    assert 'pip install -U "lmcache-core" "lmcache-third"' in text
+    assert module not in sys.modules
 
 
 def test_a_broken_backend_hurts_only_itself(site: Site, host: HostServices, tmp_path: Path) -> None:

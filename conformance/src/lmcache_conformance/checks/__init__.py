@@ -9,6 +9,7 @@ from lmcache_conformance.checks import (
     concurrency,
     direct,
     faults,
+    io_errors,
     keys,
     leaks,
     model,
@@ -21,7 +22,8 @@ from lmcache_conformance.checks import (
 from lmcache_conformance.frame import Check
 
 _FAMILIES = (
-    api, single, batches, sizes, keys, concurrency, ownership, faults, restart, capacity, model,
+    api, single, batches, sizes, keys, concurrency, ownership, faults, io_errors, restart,
+    capacity, model,
     leaks, direct, performance,
 )  # fmt: skip
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from typing import Any
 
 from lmcache_conformance.checks.stalling import does_io, stalled
-from lmcache_conformance.child import Child, Died, digest
+from lmcache_conformance.child import Child, digest
 from lmcache_conformance.frame import Inconclusive, NotClaimed, Profile, Wrong, check
 from lmcache_conformance.harness import TcpHarness
 from lmcache_conformance.memory import value
-from lmcache_conformance.rig import SIZE, UNFINISHED, Rig, within
-from lmcache_conformance.shim import Action, mask_of
+from lmcache_conformance.rig import UNFINISHED, Rig, within
 from lmcache_core.sdk import BackendUnavailable, ConfigError, LMCacheError, Sharing, Status
 
 GRACE_S = 0.25
 _MAY_RAISE = {"BackendUnavailable"}
 
 
-def _behind_a_proxy(rig: Rig) -> None:
+def behind_a_proxy(rig: Rig) -> None:
     """
     Raises:
         NotClaimed: nothing stands between the connector and its store, as the I/O shows.
@@ -36,14 +34,7 @@ def _behind_a_proxy(rig: Rig) -> None:
     raise NotClaimed("no store behind a socket, as a count of its system calls shows")
 
 
-def _positions(rig: Rig, count: int) -> list[int]:
-    """Every call of ``count`` in the full plan, else at most 24 spread over them."""
-    if rig.full or count <= 24:
-        return list(range(1, count + 1))
-    return sorted({1 + i * (count - 1) // 23 for i in range(24)})
-
-
-def _expect_answer(rig: Rig, found: dict[str, Any], what: str) -> None:
+def expect_answer(rig: Rig, found: dict[str, Any], what: str) -> None:
     """The child's answer is a status, or an exception of the contract."""
     if "error" in found:
         rig.expect(
@@ -61,7 +52,7 @@ def _expect_answer(rig: Rig, found: dict[str, Any], what: str) -> None:
 def refused(rig: Rig) -> None:
     """With the store gone, open and every call answer within the deadline, with
     BackendUnavailable or unfinished keys, and work again without being reopened when it is back."""
-    _behind_a_proxy(rig)
+    behind_a_proxy(rig)
     store, key, content = rig.store, rig.key("k"), value(rig.seed, rig.size())
     rig.must_put({key: content})
     rig.proxy.faults.refuse = True
@@ -101,7 +92,7 @@ def refused(rig: Rig) -> None:
 def cut_during_a_get(rig: Rig) -> None:
     """A connection that breaks after any byte of a get gives the right value or no value, and the
     next get is right."""
-    _behind_a_proxy(rig)
+    behind_a_proxy(rig)
     key, content = rig.key("k"), value(rig.seed, rig.size(100_000))
     rig.must_put({key: content})
     start = rig.proxy.reply_bytes
@@ -131,7 +122,7 @@ def cut_during_a_get(rig: Rig) -> None:
 def cut_during_a_put(rig: Rig) -> None:
     """A connection that breaks after any byte of a put leaves the old value, the new one or none,
     whole; the put says OK only when the new one is there."""
-    _behind_a_proxy(rig)
+    behind_a_proxy(rig)
     size, store = rig.size(100_000), rig.store
     start = rig.proxy.sent_bytes
     rig.must_put({rig.key("first"): value(rig.seed, size)})
@@ -183,7 +174,7 @@ def stands_still(rig: Rig) -> None:
                 seconds < 0.3 + GRACE_S,
                 f"{op} with a deadline of 0.3 s returned after {seconds:.2f} s",
             )
-            _expect_answer(rig, found, f"{op} of a store that stands still")
+            expect_answer(rig, found, f"{op} of a store that stands still")
             time.sleep(0 if arm is None else 1.3)
         end_s = time.monotonic() + 10
         while child.call("get", key=key.hex(), nbytes=len(content)).get("digest") != digest(
@@ -204,7 +195,7 @@ def stands_still(rig: Rig) -> None:
 def replies_are_lost(rig: Rig) -> None:
     """On a half-open connection (the store acts, its replies are lost) calls end by their
     deadline, and no later call takes an earlier one's reply for its own."""
-    _behind_a_proxy(rig)
+    behind_a_proxy(rig)
     size = rig.size()
     first, second = rig.key("a"), rig.key("b")
     contents = {first: value(1, size), second: value(2, size)}
@@ -233,7 +224,7 @@ def replies_are_lost(rig: Rig) -> None:
 )
 def slow_store(rig: Rig) -> None:
     """A store that answers 10 ms late is slow, not wrong."""
-    _behind_a_proxy(rig)
+    behind_a_proxy(rig)
     keys, size = rig.keys(4), rig.size()
     rig.proxy.faults.delay_s = 0.01
     contents = {key: value(i, size) for i, key in enumerate(keys)}
@@ -241,57 +232,6 @@ def slow_store(rig: Rig) -> None:
         rig.must_put({key: content})
     for key, content in contents.items():
         rig.expect_value(key, content, "from a slow store")
-
-
-@check(
-    "H7",
-    profile=Profile.RESILIENT,
-    limit_s=300,
-    fix="raise or answer what the system call said; BatchLoop maps an OSError",
-)
-def io_error_at_every_call(rig: Rig) -> None:
-    """When the n-th system call of an operation fails (EIO), for every n, the answer is no OK for
-    what was not done, values stay whole, others untouched, and it works again."""
-    _each_call(rig, errno.EIO, mask_of("read", "write", "sync", "open", "connect", "send", "recv",
-        "name"))  # fmt: skip
-
-
-@check(
-    "H8",
-    profile=Profile.RESILIENT,
-    fix="ENOSPC is REJECTED; remove what was written; never touch the value that is there",
-)
-def disk_full_at_every_call(rig: Rig) -> None:
-    """No space (ENOSPC) at the n-th writing call, for every n, harms nothing that is stored."""
-    _each_call(rig, errno.ENOSPC, mask_of("write", "sync", "open", "name"))
-
-
-@check(
-    "H9",
-    profile=Profile.RESILIENT,
-    fix="EMFILE says nothing about the value: FAILED or BackendUnavailable, and delete nothing",
-)
-def no_file_descriptors(rig: Rig) -> None:
-    """Out of file descriptors (EMFILE) nothing is called MISS that is there, nothing is deleted,
-    and it works again when there are some."""
-    key, content = rig.key("k"), value(rig.seed, rig.size())
-    rig.must_put({key: content})
-    with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
-        does_io(rig, child)
-        child.call("limit_files", spare=0)
-        for op, arguments in (
-            ("get", {"nbytes": len(content)}), ("exists", {}),
-            ("put", {"seed": 7, "nbytes": len(content)}), ("get", {"nbytes": len(content)}),
-        ):  # fmt: skip
-            found = child.call(op, key=key.hex(), **arguments)
-            _expect_answer(rig, found, f"{op} without file descriptors")
-            rig.expect(
-                found.get("status") != "MISS", f"{op} without file descriptors called it MISS"
-            )
-        child.call("limit_files", spare=-1)
-        found = child.call("get", key=key.hex(), nbytes=len(content))
-        allowed = {digest(content), digest(value(7, len(content)))}
-        rig.expect(found.get("digest") in allowed, f"after EMFILE: {found}")
 
 
 @check(
@@ -304,7 +244,7 @@ def server_restart(rig: Rig) -> None:
     """After the store's server was killed and started again the connector works without being
     reopened, and what is there is whole."""
     if not (rig.harness.offers("kill") and rig.harness.offers("restart")):
-        _behind_a_proxy(rig)
+        behind_a_proxy(rig)
         raise Inconclusive("the harness offers no kill and restart")
     keys, size = rig.keys(4), rig.size(256 << 10)
     contents = {key: value(i, size) for i, key in enumerate(keys)}
@@ -359,70 +299,3 @@ def damaged_values(rig: Rig) -> None:
         rig.expect_value(key, again, f"stored again after {damage}")
     if not rig.claims.checksums:
         raise NotClaimed("checksums is not claimed; core's envelope refuses what was damaged")
-
-
-def _each_call(rig: Rig, error: int, mask: int) -> None:
-    """Let the n-th call of every operation fail, for every n; see the checks above."""
-    size = rig.size(SIZE)
-    neighbour, kept = rig.key("neighbour"), value(rig.seed, size)
-    rig.must_put({neighbour: kept})
-    with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
-        does_io(rig, child)
-        fired = 0
-        for op in ("exists", "get", "put", "replace", "delete"):
-            count = 1
-            number = 0
-            while number < count:
-                number += 1
-                seen, hit = _nth_call(rig, child, op, number, error, mask, size)
-                fired += hit
-                count = max(count, min(seen, 24 if not rig.full else 400))
-                if not hit:
-                    break
-            found = child.call("get", key=neighbour.hex(), nbytes=size)
-            rig.expect(
-                found.get("digest") == digest(kept), f"an error during {op} harmed another key"
-            )
-        if not fired:
-            raise NotClaimed("no operation makes a call of this kind")
-
-
-def _nth_call(
-    rig: Rig, child: Child, op: str, number: int, error: int, mask: int, size: int
-) -> tuple[int, bool]:
-    """Calls that ``op`` made, and whether the ``number``-th of them failed."""
-    key, old, new = rig.key(f"{op}{number}"), value(number, size), value(number + 1000, size)
-    before = None if op == "put" else old
-    what = f"{op} whose system call {number} fails with {errno.errorcode[error]}"
-    if before is not None:
-        found = child.call("put", key=key.hex(), seed=number, nbytes=size)
-        rig.expect(found.get("status") == "OK", f"a put between faults answered {found}")
-    arm = {"action": int(Action.ERRNO), "at": number, "error": error, "mask": mask}
-    try:
-        if op == "get":
-            found = child.call("get", key=key.hex(), nbytes=size, seconds=2, arm=arm)
-        elif op in ("put", "replace"):
-            found = child.call(
-                "put", key=key.hex(), seed=number + 1000, nbytes=size, seconds=2, arm=arm
-            )
-        else:
-            found = child.call(op, key=key.hex(), seconds=2, arm=arm)
-    except Died as death:
-        raise Wrong(f"{what}: the process died with {death.code}") from None
-    hit = bool(found.get("fired"))
-    _expect_answer(rig, found, what)
-    said = found.get("status")
-    allowed: set[str | None]
-    if op in ("exists", "get"):
-        allowed = {digest(old)}
-        rig.expect(not hit or said != "MISS", f"{what}: answered MISS, the value is there")
-        rig.expect(found.get("digest") in (digest(old), None), f"{what}: OK with other bytes")
-    elif op == "delete":
-        allowed = {None} if said == "OK" else {digest(old), None}
-    else:
-        earlier = digest(old) if before is not None else None
-        allowed = {digest(new)} if said == "OK" else {earlier, digest(new), None}
-    after = child.call("get", key=key.hex(), nbytes=size)
-    rig.expect(after.get("status") in ("OK", "MISS", "CORRUPT"), f"after {what}: {after}")
-    rig.expect(after.get("digest") in allowed, f"after {what} (answered {said}): {after}")
-    return sum(found.get("seen", {}).values()), hit

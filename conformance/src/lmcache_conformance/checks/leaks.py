@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmcache_conformance.checks.faults import _behind_a_proxy
+from lmcache_conformance.checks.faults import behind_a_proxy
 from lmcache_conformance.frame import Profile, check
 from lmcache_conformance.memory import Memory, value
 from lmcache_conformance.rig import Rig, within
@@ -128,7 +128,7 @@ def failed_calls_leak_nothing(rig: Rig) -> None:
 def broken_connections_leak_nothing(rig: Rig) -> None:
     """Calls over connections that break or are refused leave nothing behind; connections at the
     store stay within max_concurrency, and end with the connector."""
-    _behind_a_proxy(rig)
+    behind_a_proxy(rig)
     key, size = rig.key("k"), rig.size(64 << 10)
     store = rig.open()
     rig.must_put({key: value(1, size)}, store)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from lmcache_conformance.checks.faults import _behind_a_proxy
+from lmcache_conformance.checks.faults import behind_a_proxy
 from lmcache_conformance.frame import Profile, check
 from lmcache_conformance.memory import value
 from lmcache_conformance.rig import Rig, within
@@ -90,7 +90,7 @@ def like_a_dictionary(rig: Rig) -> None:
 def like_a_dictionary_under_faults(rig: Rig) -> None:
     """With the connection breaking at random, every key stays old, new or absent, whole, and OK is
     kept."""
-    _behind_a_proxy(rig)
+    behind_a_proxy(rig)
     dice = random.Random(rig.seed)
     size, keys = rig.size(20_000), rig.keys(3)
     possible: dict[bytes, set[bytes | None]] = {key: {None} for key in keys}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lmcache_conformance.checks.faults import _positions
 from lmcache_conformance.checks.stalling import does_io
 from lmcache_conformance.child import Child, Died, digest
 from lmcache_conformance.frame import Inconclusive, NotClaimed, Profile, Wrong, check
@@ -13,6 +12,13 @@ from lmcache_core.sdk import Durability
 
 _ORDER = (Durability.NONE, Durability.PROCESS, Durability.SERVER, Durability.HOST)
 _WRITES = mask_of("write", "sync", "open", "name", "send")
+
+
+def _positions(rig: Rig, count: int) -> list[int]:
+    """Every call of ``count`` in the full plan, else at most 24 spread over them."""
+    if rig.full or count <= 24:
+        return list(range(1, count + 1))
+    return sorted({1 + i * (count - 1) // 23 for i in range(24)})
 
 
 def _needs(rig: Rig, least: Durability) -> None:
