@@ -18,6 +18,9 @@ class MemoryHarness(Harness):
     def url(self) -> str:
         return "memory://"
 
+    def bad_urls(self) -> list[str]:
+        return ["memory://?size=-1", "memory://?size=many"]
+
     def small_url(self, size_bytes: int) -> str:
         return f"memory://?size={size_bytes}"
 
@@ -47,6 +50,19 @@ class FileHarness(Harness):
         folder = self.scratch / "small"
         if folder.exists():
             subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+    def bad_urls(self) -> list[str]:
+        taken = self.scratch / "taken"
+        taken.touch(mode=0o600)
+        return ["file://relative/kv", f"file://{taken}", f"file://{taken}/below", "file:"]
+
+    def litter(self) -> None:
+        root = self.scratch / "kv" / "v1"
+        for shard in ("00", "zz", "notes", "abc"):
+            (root / shard).mkdir(exist_ok=True)
+            for name in ("README", "6", "zz", "a1.tmp", "A1", "abc"):
+                (root / shard / name).touch()
+        (root / "00" / "a1").mkdir(exist_ok=True)
 
     def corrupt(self, key: bytes) -> None:
         path = self._path(key)

@@ -84,6 +84,14 @@ class Harness(ABC):
         """Store a value without the connector."""
         raise NotImplementedError
 
+    def litter(self) -> None:
+        """Leave things that are no values where the values are."""
+        raise NotImplementedError
+
+    def bad_urls(self) -> list[str]:
+        """URLs of this backend that can't be opened here."""
+        raise NotImplementedError
+
     def server_version(self) -> str:
         """Of the store's server, for the certificate."""
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import secrets
 import threading
 import time
@@ -253,6 +254,10 @@ class Rig:
             wrong is None,
             f"{op} answered {wrong!r}; each answer is a {kind.__name__}",
         )
+
+    def files(self) -> int:
+        """Files of the store, where it keeps any in the harness's directory."""
+        return sum(len(files) for _, _, files in os.walk(self.harness.scratch))
 
     def until_well(self, store: RemoteConnector, limit_s: float = 10.0) -> None:
         """Wait until a connector works again after a fault; it must, without being reopened."""

@@ -48,6 +48,19 @@ class RedisHarness(TcpHarness):
             self._small = RedisServer(arguments=limit)
         return self._small.url
 
+    def bad_urls(self) -> list[str]:
+        return [
+            "redis://127.0.0.1:1/0",
+            f"redis://127.0.0.1:{self.server.port}/first",
+            f"redis://:wrong@127.0.0.1:{self.server.port}/99",
+        ]
+
+    def litter(self) -> None:
+        with self._client() as client:
+            for name in ("other", "lmc:{zz}", "lmc:{6}", "lmc:{61", "lmc:{61}:x:0"):
+                client.set(name, b"no value")
+            client.set(b"lmc:{62}", b"no head")
+
     def corrupt(self, key: bytes) -> None:
         with self._client() as client:
             piece = self._head(client, key).names(key)[0]

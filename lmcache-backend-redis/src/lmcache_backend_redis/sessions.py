@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import redis
 import redis.connection
@@ -47,6 +48,15 @@ class Sessions:
                 op="open",
                 hint="redis://[user:password@]host[:port][/db]",
             ) from error
+        database = urlsplit(url).path.strip("/")
+        if not url.startswith("unix:") and not (database.isdigit() or not database):
+            # redis-py would take database 0.
+            raise ConfigError(
+                f"{database!r} is no number of a database",
+                backend="redis",
+                op="open",
+                hint="redis://[user:password@]host[:port][/db]",
+            )
         self._class: Any = parsed.pop("connection_class", redis.Connection)
         self._options = {**parsed, **options, "protocol": 2}
         self._limit = threading.BoundedSemaphore(limit)

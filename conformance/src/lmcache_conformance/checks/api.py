@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from lmcache_conformance.frame import Wrong, check
+from lmcache_conformance.frame import NotClaimed, Wrong, check
 from lmcache_conformance.memory import Memory, value
 from lmcache_conformance.rig import Rig, entry_points_of, within
 from lmcache_core import plugins
@@ -211,6 +211,47 @@ def health_answers(rig: Rig) -> None:
         rig.store.health(within(-1))
     except BackendUnavailable:
         return
+
+
+@check(
+    "A9", fix="check the URL in lmcache_open_connector; say in the hint what a right one looks like"
+)
+def bad_urls_are_refused(rig: Rig) -> None:
+    """A URL that can't work is a ConfigError or BackendUnavailable at open, with a hint, and its
+    probe says so."""
+    if not rig.harness.offers("bad_urls"):
+        raise NotClaimed("the harness names no bad_urls")
+    points = entry_points_of(rig.url, rig.harness.module)
+    for url in rig.harness.bad_urls():
+        try:
+            rig.open(url)
+        except (ConfigError, BackendUnavailable) as error:
+            rig.expect(bool(error.hint), f"{url}: the error gives no hint: {error}")
+        except Exception as error:
+            raise Wrong(f"{url}: open raised {error!r}, due is ConfigError") from error
+        else:
+            raise Wrong(f"{url} was opened")
+        backend = plugins.load(url.partition(":")[0], points)
+        try:
+            bare, options = split_options(url, backend.info.options, backend.info.name)
+        except ConfigError:
+            continue
+        probe = backend.hook.lmcache_probe(url=bare, options=options)
+        rig.expect(bool(probe.reason), f"{url}: the probe gives no reason")
+
+
+@check("A10", fix="make directories 0700 and files 0600: values are what users wrote")
+def files_are_private(rig: Rig) -> None:
+    """Files that a backend makes can be read by its user alone."""
+    rig.must_put({rig.key("k"): value(rig.seed, rig.size())})
+    top = rig.harness.scratch
+    for folder, folders, files in os.walk(top):
+        # What lies below a private directory is private.
+        folders[:] = [each for each in folders if os.stat(f"{folder}/{each}").st_mode & 0o077]
+        for name in files:
+            mode = os.lstat(f"{folder}/{name}").st_mode & 0o077
+            rig.expect(not mode, f"{folder}/{name} has mode {mode | 0o600:o}")
+    rig.store.delete([rig.key("k")], within(5))
 
 
 def _tree(rig: Rig) -> set[str]:

@@ -135,11 +135,13 @@ def open_and_close_often(rig: Rig) -> None:
         store.close()
 
     once()
-    before = settled()
+    before, stored = settled(), rig.files()
     for _ in range(200 if rig.full else 40):
         once()
     after = settled(before)
     rig.expect(after.files <= before.files, f"{after.files - before.files} files stay open")
+    left = rig.files() - stored
+    rig.expect(left <= 2, f"opening and closing left {left} files in the store")
     rig.expect(after.threads <= before.threads, f"{after.threads - before.threads} threads stay")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 
 from lmcache_conformance.checks.faults import expect_answer
 from lmcache_conformance.checks.stalling import does_io
@@ -68,7 +67,7 @@ def no_file_descriptors(rig: Rig) -> None:
 def _each_call(rig: Rig, error: int, mask: int) -> None:
     """Let the n-th call of every operation fail, for every n; see the checks above."""
     size = rig.size(SIZE)
-    before = _files(rig)
+    before = rig.files()
     used: list[bytes] = []
     neighbour, kept = rig.key("neighbour"), value(rig.seed, size)
     rig.must_put({neighbour: kept})
@@ -92,15 +91,10 @@ def _each_call(rig: Rig, error: int, mask: int) -> None:
             )
         for key in (*used, neighbour):
             child.call("delete", key=key.hex())
-    left = _files(rig) - before
+    left = rig.files() - before
     rig.expect(left <= 2, f"failed puts left {left} files in the store")
     if not fired:
         raise NotClaimed("no operation makes a call of this kind")
-
-
-def _files(rig: Rig) -> int:
-    """Files of the store, where it keeps any in the harness's directory."""
-    return sum(len(files) for _, _, files in os.walk(rig.harness.scratch))
 
 
 def _nth_call(

@@ -6,7 +6,7 @@ from lmcache_conformance.checks.stalling import does_io
 from lmcache_conformance.child import Child, Died, digest
 from lmcache_conformance.frame import Inconclusive, NotClaimed, Profile, Wrong, check
 from lmcache_conformance.memory import value
-from lmcache_conformance.rig import Rig
+from lmcache_conformance.rig import Rig, within
 from lmcache_conformance.shim import Action, mask_of
 from lmcache_core.sdk import Durability
 
@@ -90,7 +90,9 @@ def killed_at_every_call(rig: Rig) -> None:
         count = sum(found["seen"].values())
     if not count:
         raise Inconclusive("no writing system call of a put could be hooked")
+    stored, used = rig.files(), []
     for number in _positions(rig, count):
+        used.append(rig.key(f"k{number}"))
         key, old, new = rig.key(f"k{number}"), value(number, size), value(number + 1000, size)
         rig.must_put({key: old})
         with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
@@ -105,6 +107,11 @@ def killed_at_every_call(rig: Rig) -> None:
         rig.expect_one_of(key, allowed, size, f"killed before call {number} of {count}", again)
         rig.must_put({key: old}, again)
         again.close()
+    again = rig.open()
+    for key in used:
+        again.delete([key], within(5))
+    left = rig.files() - stored
+    rig.expect(left <= 2, f"killed writers left {left} files that a new connector does not remove")
 
 
 @check(
@@ -158,8 +165,6 @@ def scan_after_reopen(rig: Rig) -> None:
     first.close()
     again = rig.open()
     assert isinstance(again, SupportsScan)
-    from lmcache_conformance.rig import within
-
     found = {each.key: each.nbytes for each in again.scan(rig.key("scan"), within(10))}
     missing = len(set(keys) - set(found))
     rig.expect(

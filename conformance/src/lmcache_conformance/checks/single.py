@@ -122,7 +122,7 @@ def the_store_has_it(rig: Rig) -> None:
 
 @check("B9", fix="take status from the value itself: exists and get must agree at rest")
 def scan_lists_what_is_there(rig: Rig) -> None:
-    """A scan gives every whole value of a prefix with its size, and nothing else."""
+    """A scan gives every whole value of a prefix with its size, and nothing that is no value."""
     from lmcache_core.sdk import SupportsScan
 
     if not rig.claims.scan:
@@ -135,5 +135,14 @@ def scan_lists_what_is_there(rig: Rig) -> None:
     gone = rig.key("aa3")
     rig.store.delete([gone], within(5))
     sizes.pop(gone)
+    if rig.harness.offers("litter"):
+        rig.harness.litter()
     found = {entry.key: entry.nbytes for entry in rig.store.scan(rig.key("aa"), within(10))}
     rig.expect(found == sizes, f"scan gave {len(found)} entries, {len(sizes)} are there")
+    for entry in rig.store.scan(b"", within(30)):
+        status = rig.store.exists([entry.key], within(5))[0]
+        rig.expect(status is Status.OK, f"scan gave {entry.key!r}, which is {status.name}")
+        rig.expect(
+            rig.get(entry.key, rig.size(max(1, entry.nbytes)))[0].nbytes == entry.nbytes,
+            f"scan gave {entry.key!r} with {entry.nbytes} bytes, it has others",
+        )
