@@ -121,7 +121,10 @@ def no_write_after_timed_out(rig: Rig) -> None:
         if "error" in found:
             return
         status = found["status"]
-        rig.expect(status != "OK", "get_into answered OK while the store stood still")
+        if status == "OK":
+            # Too late, which H4 judges; but the value was there when the call returned.
+            rig.expect(found["digest"] == digest(value(rig.seed, size)), "a late OK of other bytes")
+            return
         rig.expect(
             found["released"],
             "a buffer answered ABANDONED was never given back: call HostServices.released(token)",
