@@ -63,6 +63,8 @@ class FileHarness(Harness):
             for name in ("README", "6", "zz", "a1.tmp", "A1", "abc"):
                 (root / shard / name).touch()
         (root / "00" / "a1").mkdir(exist_ok=True)
+        (root / "notes" / "62").touch()
+        (root / "README").touch()
 
     def corrupt(self, key: bytes) -> None:
         path = self._path(key)

@@ -40,6 +40,7 @@ class Server:
         path = os.environ.get("LMC_SHIM")
         self._control = shim.Control(Path(path)) if path else None
         self._kept: list[Memory] = []
+        self._taken: list[int] = []
 
     def answer(self, op: str, request: dict[str, Any]) -> dict[str, Any]:
         """Do it; an exception becomes ``error`` and ``message``."""
@@ -140,16 +141,21 @@ class Server:
         sys.stdout.close()
         sys.exit(0)
 
-    def do_limit_files(self, *, arm: Any, spare: int) -> dict[str, Any]:
-        """Allow ``spare`` more open files than there are; a negative number lifts the limit."""
+    def do_take_files(self, *, arm: Any) -> dict[str, Any]:
+        """Leave no file descriptor free."""
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = max(map(int, os.listdir("/proc/self/fd"))) + 1 + spare if spare >= 0 else hard
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        return {"status": "OK"}
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            while True:
+                self._taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            return {"status": "OK"}
 
-    def do_files(self, *, arm: Any) -> dict[str, Any]:
-        """How many files are open."""
-        return {"status": "OK", "count": len(os.listdir("/proc/self/fd"))}
+    def do_give_files(self, *, arm: Any) -> dict[str, Any]:
+        """Undo `do_take_files`."""
+        while self._taken:
+            os.close(self._taken.pop())
+        return {"status": "OK"}
 
     def do_peak(self, *, arm: Any, key: str, nbytes: int, put: bool) -> dict[str, Any]:
         """Host memory that one transfer takes beside the value's own, at its peak."""

@@ -12,6 +12,8 @@ from lmcache_conformance.memory import value
 from lmcache_conformance.rig import SIZE, Rig
 from lmcache_conformance.shim import Action, mask_of
 
+_MOST_CALLS = {False: 24, True: 400}
+
 
 @check(
     "H7",
@@ -48,7 +50,7 @@ def no_file_descriptors(rig: Rig) -> None:
     rig.must_put({key: content})
     with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
         does_io(rig, child)
-        child.call("limit_files", spare=0)
+        child.call("take_files")
         for op, arguments in (
             ("get", {"nbytes": len(content)}), ("exists", {}),
             ("put", {"seed": 7, "nbytes": len(content)}), ("get", {"nbytes": len(content)}),
@@ -58,7 +60,7 @@ def no_file_descriptors(rig: Rig) -> None:
             rig.expect(
                 found.get("status") != "MISS", f"{op} without file descriptors called it MISS"
             )
-        child.call("limit_files", spare=-1)
+        child.call("give_files")
         found = child.call("get", key=key.hex(), nbytes=len(content))
         allowed = {digest(content), digest(value(7, len(content)))}
         rig.expect(found.get("digest") in allowed, f"after EMFILE: {found}")
@@ -75,16 +77,11 @@ def _each_call(rig: Rig, error: int, mask: int) -> None:
         does_io(rig, child)
         fired = 0
         for op in ("exists", "get", "put", "replace", "delete"):
-            count = 1
-            number = 0
-            while number < count:
-                number += 1
+            for number in range(1, _MOST_CALLS[rig.full] + 1):
                 used.append(rig.key(f"{op}{number}"))
-                seen, hit = _nth_call(rig, child, op, number, error, mask, size)
-                fired += hit
-                count = max(count, min(seen, 24 if not rig.full else 400))
-                if not hit:
+                if not _nth_call(rig, child, op, number, error, mask, size):
                     break
+                fired += 1
             found = child.call("get", key=neighbour.hex(), nbytes=size)
             rig.expect(
                 found.get("digest") == digest(kept), f"an error during {op} harmed another key"
@@ -99,8 +96,8 @@ def _each_call(rig: Rig, error: int, mask: int) -> None:
 
 def _nth_call(
     rig: Rig, child: Child, op: str, number: int, error: int, mask: int, size: int
-) -> tuple[int, bool]:
-    """Calls that ``op`` made, and whether the ``number``-th of them failed."""
+) -> bool:
+    """Whether ``op`` made so many calls, and the ``number``-th failed."""
     key, old, new = rig.key(f"{op}{number}"), value(number, size), value(number + 1000, size)
     before = None if op == "put" else old
     what = f"{op} whose system call {number} fails with {errno.errorcode[error]}"
@@ -135,4 +132,4 @@ def _nth_call(
     after = child.call("get", key=key.hex(), nbytes=size)
     rig.expect(after.get("status") in ("OK", "MISS", "CORRUPT"), f"after {what}: {after}")
     rig.expect(after.get("digest") in allowed, f"after {what} (answered {said}): {after}")
-    return sum(found.get("seen", {}).values()), hit
+    return hit

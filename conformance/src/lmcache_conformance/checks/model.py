@@ -103,7 +103,8 @@ def like_a_dictionary_under_faults(rig: Rig) -> None:
     for step in range(600 if rig.full else 120):
         key, faulty = dice.choice(keys), dice.random() < 0.4
         if faulty:
-            rig.proxy.faults.cut_after_bytes = rig.proxy.sent_bytes + dice.randrange(size + 2000)
+            most = dice.choice((60, 400, size + 2000))
+            rig.proxy.faults.cut_after_bytes = rig.proxy.sent_bytes + dice.randrange(most)
             if dice.random() < 0.5:
                 reply = rig.proxy.reply_bytes + dice.randrange(size)
                 rig.proxy.faults.cut_reply_after_bytes = reply
