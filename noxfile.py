@@ -35,6 +35,7 @@ def types(session: nox.Session) -> None:
     """mypy --strict on every src."""
     install_local(session, "mypy", "types-PyYAML", "prometheus-client")
     session.run("mypy", *(f"{package}/src" for package in PACKAGES))
+    session.run("mypy", *(f"{source}/src" for source, _, _ in STRANGERS))
 
 
 @nox.session(python=PYTHON)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmcache_conformance.frame import Inconclusive, NotClaimed, Outcome, Profile, Wrong
-from lmcache_conformance.harness import Harness, TcpHarness
+from lmcache_conformance.harness import Harness, TcpHarness, small_disk, unmount
 from lmcache_conformance.memory import Memory, value
 from lmcache_conformance.proxy import FaultProxy, Faults
 from lmcache_conformance.rig import within
@@ -25,6 +25,8 @@ __all__ = [
     "Profile",
     "TcpHarness",
     "Wrong",
+    "small_disk",
+    "unmount",
     "value",
     "within",
 ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
-from lmcache_conformance.frame import Inconclusive
-from lmcache_conformance.harness import Harness
+from lmcache_conformance.harness import Harness, small_disk, unmount
 
 
 class MemoryHarness(Harness):
@@ -30,26 +28,18 @@ class FileHarness(Harness):
 
     name = "file"
     options = ""
+    _small: Path | None = None
 
     def url(self) -> str:
         return f"file://{self.scratch}/kv{self.options}"
 
     def small_url(self, size_bytes: int) -> str:
-        folder = self.scratch / "small"
-        if not folder.exists():
-            folder.mkdir()
-            options = f"size={size_bytes},mode=700"
-            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                folder.rmdir()
-                raise Inconclusive(f"a full disk needs root to mount one: {done.stderr.strip()}")
-        return f"file://{folder}/kv{self.options}"
+        self._small = small_disk(self.scratch / "small", size_bytes)
+        return f"file://{self._small}/kv{self.options}"
 
     def stop(self) -> None:
-        folder = self.scratch / "small"
-        if folder.exists():
-            subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+        if self._small is not None:
+            unmount(self._small)
 
     def bad_urls(self) -> list[str]:
         taken = self.scratch / "taken"

@@ -5,11 +5,13 @@ What a harness does not offer, the suite finds another way or answers INCONCLUSI
 
 from __future__ import annotations
 
+import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from lmcache_conformance.frame import Inconclusive
 from lmcache_conformance.proxy import FaultProxy
 
 
@@ -139,3 +141,25 @@ class TcpHarness(Harness):
             yield
         finally:
             self.proxy.faults.stalled = False
+
+
+def small_disk(folder: Path, size_bytes: int) -> Path:
+    """``folder`` as a file system of its own with so much room, for stores that keep files.
+
+    Raises:
+        Inconclusive: it takes root.
+    """
+    if not folder.exists():
+        folder.mkdir()
+        options = f"size={size_bytes},mode=700"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            folder.rmdir()
+            raise Inconclusive(f"a full disk needs root to mount one: {done.stderr.strip()}")
+    return folder
+
+
+def unmount(folder: Path) -> None:
+    """Undo `small_disk`."""
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)

@@ -1,0 +1,1 @@
+"""`shelf:///absolute/directory` over a native library."""
