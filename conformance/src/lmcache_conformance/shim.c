@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -102,6 +103,8 @@ ON_FD(K_RECV, ssize_t, recv, (int fd, void *b, size_t n, int f), (fd, b, n, f))
 ON_FD(K_RECV, ssize_t, recvfrom, (int fd, void *b, size_t n, int f, struct sockaddr *a, socklen_t *l), (fd, b, n, f, a, l))
 ON_FD(K_RECV, ssize_t, recvmsg, (int fd, struct msghdr *m, int f), (fd, m, f))
 PLAIN(K_SOCKET, int, socket, (int d, int t, int p), (d, t, p))
+PLAIN(K_NAME, int, mkdir, (const char *a, mode_t m), (a, m))
+PLAIN(K_NAME, int, mkdirat, (int d, const char *a, mode_t m), (d, a, m))
 PLAIN(K_NAME, int, rename, (const char *a, const char *b), (a, b))
 PLAIN(K_NAME, int, renameat, (int da, const char *a, int db, const char *b), (da, a, db, b))
 PLAIN(K_NAME, int, unlink, (const char *a), (a))

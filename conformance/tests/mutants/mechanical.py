@@ -69,7 +69,7 @@ class Verdict:
     @property
     def name(self) -> str:
         """What a survivor is called in the list of explanations."""
-        return f"{self.module.rpartition('.')[2]}:{self.mutation.line}: {self.mutation.what}"
+        return f"{self.module.rpartition('.')[2]}: {self.mutation.text} [{self.mutation.what}]"
 
 
 def chosen(backend: str, limit: int) -> list[tuple[str, Mutation]]:

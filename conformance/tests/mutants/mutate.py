@@ -21,9 +21,10 @@ _SILENT = {"message", "hint", "help", "unit", "url_help", "reason", "op", "name"
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """One change: where, what, and the whole changed source."""
+    """One change: where, the line before it, what, and the whole changed source."""
 
     line: int
+    text: str
     what: str
     source: str
 
@@ -31,13 +32,15 @@ class Mutation:
 def mutations(source: str, skip: frozenset[str] = frozenset()) -> Iterator[Mutation]:
     """Every mutation of ``source``; functions and classes named in ``skip`` are left alone."""
     tree = ast.parse(source)
+    lines = ["", *source.splitlines()]
     for number, (node, change) in enumerate(_sites(tree, skip)):
         changed = copy.deepcopy(tree)
         twin, apply = list(_sites(changed, skip))[number]
         assert type(twin) is type(node) and change[0] == apply[0]
         apply[1]()
         ast.fix_missing_locations(changed)
-        yield Mutation(getattr(node, "lineno", 0), change[0], ast.unparse(changed))
+        line = getattr(node, "lineno", 0)
+        yield Mutation(line, lines[line].strip(), change[0], ast.unparse(changed))
 
 
 Change = tuple[str, Callable[[], None]]

@@ -241,6 +241,14 @@ class ScansItsMemory(Base):
         return (each for each in super().scan(prefix, ctx) if each.key in self._mine)
 
 
+@mutant("F6")
+class SweepsTheLiving(Base):
+    """At open it removes the temporary files of every process."""
+
+    def __init__(self, root, **options):
+        super().__init__(root, **{**options, "is_alive": lambda pid: False})
+
+
 @mutant("F4")
 class FilePerOpen(Base):
     """Every open leaves a file in the store."""

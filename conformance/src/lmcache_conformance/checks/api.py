@@ -243,15 +243,12 @@ def health_answers(rig: Rig) -> None:
 
 @check("A9", fix="make directories 0700 and files 0600: values are what users wrote")
 def files_are_private(rig: Rig) -> None:
-    """Files that a backend makes can be read by its user alone."""
+    """Files and directories that a backend makes are its user's alone."""
     rig.must_put({rig.key("k"): value(rig.seed, rig.size())})
-    top = rig.harness.scratch
-    for folder, folders, files in os.walk(top):
-        # What lies below a private directory is private.
-        folders[:] = [each for each in folders if os.stat(f"{folder}/{each}").st_mode & 0o077]
-        for name in files:
-            mode = os.lstat(f"{folder}/{name}").st_mode & 0o077
-            rig.expect(not mode, f"{folder}/{name} has mode {mode | 0o600:o}")
+    for folder, folders, files in os.walk(rig.harness.scratch):
+        for name in (*folders, *files):
+            mode = os.lstat(f"{folder}/{name}").st_mode & 0o777
+            rig.expect(not mode & 0o077, f"{folder}/{name} has mode {mode:04o}")
     rig.store.delete([rig.key("k")], within(5))
 
 

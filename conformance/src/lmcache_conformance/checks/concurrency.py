@@ -6,7 +6,8 @@ import threading
 import time
 
 from lmcache_conformance.checks.api import expect_closed
-from lmcache_conformance.frame import Wrong, check
+from lmcache_conformance.child import Child
+from lmcache_conformance.frame import NotClaimed, Wrong, check
 from lmcache_conformance.memory import value
 from lmcache_conformance.rig import Rig, in_threads, within
 from lmcache_core.sdk import (
@@ -15,6 +16,7 @@ from lmcache_core.sdk import (
     BackendUnavailable,
     GetResult,
     RemoteConnector,
+    Sharing,
     Status,
 )
 
@@ -155,3 +157,29 @@ def close_twice(rig: Rig) -> None:
     expect_closed(rig, store, "after close()")
     result = rig.get(rig.key("other"), rig.size())[0]
     rig.expect(result == GetResult(Status.MISS), "another connector was closed too")
+
+
+@check("F6", fix="at open, leave what belongs to processes that live; at close, only what is yours")
+def opening_beside_puts(rig: Rig) -> None:
+    """Connectors that open and close do not disturb the puts of others, in this process and in
+    another one."""
+    if rig.claims.sharing is Sharing.PROCESS:
+        raise NotClaimed("sharing is process")
+    key, size = rig.key("k"), rig.size(256 << 10)
+    end_s = time.monotonic() + (4.0 if rig.full else 1.0)
+
+    def write() -> None:
+        turn = 0
+        while time.monotonic() < end_s:
+            turn += 1
+            rig.must_put({key: value(turn, size)})
+        rig.expect_value(key, value(turn, size), "after connectors were opened beside")
+
+    def open_and_close() -> None:
+        while time.monotonic() < end_s:
+            rig.open().close()
+
+    with Child(rig.url, rig.harness.module, rig.scratch) as child:
+        in_threads([write, open_and_close])
+        found = child.call("get", key=key.hex(), nbytes=size)
+    rig.expect(found.get("status") == "OK", f"another process gets {found}")

@@ -138,16 +138,25 @@ def synced_before_ok(rig: Rig) -> None:
     _needs(rig, Durability.HOST)
     with Child(rig.url, rig.harness.module, rig.scratch, preload=True) as child:
         counted = does_io(rig, child)
-        child.call("put", key=rig.key("warm").hex(), seed=1, nbytes=rig.size())
-        found = child.call(
-            "put", key=rig.key("warm").hex(), seed=2, nbytes=rig.size(),
-            arm={"action": int(Action.COUNT)},
-        )  # fmt: skip
+        seen = [
+            child.call(
+                "put",
+                key=rig.key(f"k{number}").hex(),
+                seed=number,
+                nbytes=rig.size(),
+                arm={"action": int(Action.COUNT)},
+            )["seen"]
+            for number in range(8)
+        ]
     if not counted["write"]:
         raise Inconclusive("no write of this library could be hooked")
-    due = 1 + bool(found["seen"]["name"])
-    got = found["seen"]["sync"]
-    rig.expect(got >= due, f"a put made {got} fsync calls, {due} are needed: data, and its name")
+    for each in seen:
+        due = 1 + each["name"]
+        rig.expect(
+            each["sync"] >= due,
+            f"a put that gave {each['name']} names made {each['sync']} fsync calls, {due} are "
+            "needed: the data, and the directory of each name",
+        )
 
 
 @check("I6", profile=Profile.DURABLE, fix="rebuild what the connector knows from the store at open")

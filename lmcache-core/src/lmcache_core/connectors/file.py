@@ -149,7 +149,8 @@ class FileConnector(AbandoningLoop):
                 f"{root!r} is not absolute", backend=_NAME, op="open", hint="file:///absolute/dir"
             )
         try:
-            self._ops.makedirs(self._tmp, 0o700)
+            for folder in (root, self._base, self._tmp):
+                self._ops.makedirs(folder, 0o700)
             trial = f"{self._tmp}/{self._run}-trial"
             self._write(trial, memoryview(b""))
             self._ops.unlink(trial)
