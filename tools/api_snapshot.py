@@ -1,7 +1,7 @@
 """The public API of `lmcache_core.sdk`, one line a name, against a committed snapshot.
 
-A line that is gone or changed breaks backends of others: raise the contract's version, say so in
-docs/contract.md, then renew the snapshot with ``--write``.  New lines only need ``--write``.
+A line that is gone or changed breaks backends of others: that takes a new version of the contract
+(`API_VERSION`).  Then, and for new lines, renew the snapshot with ``--write``.
 """
 
 from __future__ import annotations
