@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+_GIB = 1 << 30
+
 
 @dataclass
 class Figure:
@@ -59,6 +61,25 @@ def spread(values: list[float]) -> float:
 def paired_ratio(ours: list[float], raw: list[float]) -> float:
     """Median of the rounds' own ratios, so that a slow round slows both."""
     return statistics.median(a / b for a, b in zip(ours, raw))
+
+
+def throughput(name: str, nbytes: int, times: dict[str, list[float]], target: float, method: str,
+               **peers: str) -> Figure:  # fmt: skip
+    """GiB/s of ``nbytes`` in each round of ``times["ours"]``, beside ``times["raw"]``; ``peers``
+    names further runs and what they are shown as."""
+    ratio = 1 / paired_ratio(times["ours"], times["raw"])
+    return Figure(
+        name=name,
+        value=nbytes / _GIB / median(times["ours"]),
+        unit="GiB/s",
+        limit=nbytes / _GIB / median(times["raw"]),
+        ratio=ratio,
+        target=target,
+        met=ratio >= target,
+        spread=spread(times["ours"]),
+        method=method,
+        peer={label: nbytes / _GIB / median(times[key]) for key, label in peers.items()},
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from core import CHUNK, NAMESPACE, ArrayPages
-from figures import Figure, interleave, median, paired_ratio, save, show, spread
+from figures import Figure, interleave, median, save, show, spread, throughput
 
 from lmcache_backend_redis.connector import RedisConnector, server_facts
 from lmcache_backend_redis.server import RedisServer
@@ -69,23 +69,6 @@ class BareRedis:
         while at < nbytes:
             at += self.sock.recv_into(target[at:nbytes], nbytes - at, socket.MSG_WAITALL)
         self.sock.recv(2, socket.MSG_WAITALL)
-
-
-def throughput(name: str, nbytes: int, times: dict[str, list[float]], target: float, method: str,
-               **peers: str) -> Figure:  # fmt: skip
-    ratio = 1 / paired_ratio(times["ours"], times["raw"])
-    return Figure(
-        name=name,
-        value=nbytes / GIB / median(times["ours"]),
-        unit="GiB/s",
-        limit=nbytes / GIB / median(times["raw"]),
-        ratio=ratio,
-        target=target,
-        met=ratio >= target,
-        spread=spread(times["ours"]),
-        method=method,
-        peer={label: nbytes / GIB / median(times[key]) for key, label in peers.items()},
-    )
 
 
 def redis_figures(rounds: int) -> list[Figure]:

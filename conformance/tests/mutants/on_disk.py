@@ -8,8 +8,7 @@ import time
 from dataclasses import replace
 
 from lmcache_core.connectors.file import FileConnector
-from lmcache_core.fileops import OsFileOps
-from lmcache_core.sdk import BatchLoop, GetResult, Status
+from lmcache_core.sdk import BatchLoop, GetResult, OsFileOps, Status
 from mutants.catalogue import mutant
 
 Base = FileConnector
@@ -21,8 +20,8 @@ class WorldReadable(Base):
 
     def put_one(self, key, source, timeout_s):
         super().put_one(key, source, timeout_s)
-        os.chmod(self._path(key), 0o644)
-        os.chmod(self._shard(key), 0o755)
+        os.chmod(self._files.path(key), 0o644)
+        os.chmod(os.path.dirname(self._files.path(key)), 0o755)
 
 
 @mutant("B8")
@@ -113,20 +112,22 @@ class WritesInPlace(Base):
     """A put writes over the file that is there."""
 
     def put_one(self, key, source, timeout_s):
-        self._make_shard(key)
-        fd = self._ops.open(self._path(key), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._files._make_shard(key)
+        ops = self._files.ops
+        fd = ops.open(self._files.path(key), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            self._ops.pwrite(fd, source, 0)
+            ops.pwrite(fd, source, 0)
         finally:
-            self._ops.close(fd)
+            ops.close(fd)
 
 
 @mutant("H8")
 class LeavesTemporaryFiles(Base):
     """A put that fails leaves its temporary file."""
 
-    def _remove_orphans(self):
-        self._orphans.clear()
+    def __init__(self, root, **options):
+        super().__init__(root, **options)
+        self._files.remove_orphans = self._files._orphans.clear
 
 
 @mutant("H9")
@@ -137,7 +138,7 @@ class DeletesOnEmfile(Base):
         try:
             return super().get_one(key, target, timeout_s)
         except OSError:
-            os.unlink(self._path(key))
+            os.unlink(self._files.path(key))
             return None
 
 
@@ -181,22 +182,21 @@ class PublishesFirst(Base):
     """The name is there before the bytes are."""
 
     def put_one(self, key, source, timeout_s):
-        shard = self._make_shard(key)
-        aside = f"{self._tmp}/{self._run}-{next(self._numbers)}"
-        fd = self._ops.open(aside, os.O_WRONLY | os.O_CREAT, 0o600)
+        ops = self._files.ops
+        with self._files.publishing(key) as aside:
+            fd = ops.open(aside, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            self._ops.rename(aside, f"{shard}/{key.hex()}")
-            self._ops.pwrite(fd, source, 0)
+            ops.pwrite(fd, source, 0)
         finally:
-            self._ops.close(fd)
+            ops.close(fd)
 
 
 @mutant("I3")
 class NeverSweeps(Base):
     """What killed writers left stays for ever."""
 
-    def _sweep(self):
-        pass
+    def __init__(self, root, **options):
+        super().__init__(root, **{**options, "is_alive": lambda pid: True})
 
 
 class _NoSync(OsFileOps):
@@ -255,5 +255,5 @@ class FilePerOpen(Base):
 
     def __init__(self, root, **options):
         super().__init__(root, **options)
-        with open(f"{self._tmp}/1-{time.monotonic_ns()}", "w"):
+        with open(f"{root}/v1/tmp/1-{time.monotonic_ns()}", "w"):
             pass

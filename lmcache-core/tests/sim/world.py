@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 from lmcache_core.connectors.memory import MemoryConnector
 from lmcache_core.envelope import HEADER_BYTES
-from lmcache_core.fileops import FileEntry
 from lmcache_core.sdk import (
     BackendUnavailable,
     Buffer,
     Capabilities,
+    FileEntry,
     GetResult,
     Health,
     OpContext,

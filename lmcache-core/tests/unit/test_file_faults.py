@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from lmcache_core.connectors.file import FileConnector
-from lmcache_core.fileops import OsFileOps
-from lmcache_core.sdk import Buffer, ConfigError, OpContext, Status
+from lmcache_core.sdk import Buffer, ConfigError, OpContext, OsFileOps, Status
 
 OLD, NEW = b"o" * 9000, b"n" * 9000
 CALLS = ("open", "pread_into", "pwrite", "fsync", "fsync_dir", "fd_size", "rename", "unlink")

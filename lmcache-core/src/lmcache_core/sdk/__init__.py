@@ -29,6 +29,7 @@ from lmcache_core.sdk.errors import (
     LMCacheError,
     Unsupported,
 )
+from lmcache_core.sdk.fileops import FileEntry, FileOps, OsFileOps
 from lmcache_core.sdk.guarded import GuardedLoop
 from lmcache_core.sdk.hookspecs import (
     BackendHooks,
@@ -41,6 +42,8 @@ from lmcache_core.sdk.hookspecs import (
     hookimpl,
 )
 from lmcache_core.sdk.status import GetResult, Status
+from lmcache_core.sdk.value_files import ValueFiles, directory_of, writable
+from lmcache_core.sdk.workers import LeftBehind, Workers
 
 __all__ = [
     "API_VERSION",
@@ -58,11 +61,14 @@ __all__ = [
     "ContractViolation",
     "Counter",
     "Durability",
+    "FileEntry",
+    "FileOps",
     "GetResult",
     "GuardedLoop",
     "Health",
     "HostServices",
     "LMCacheError",
+    "LeftBehind",
     "MAX_KEY_BYTES",
     "MemoryKind",
     "OPTIONAL_PROTOCOLS",
@@ -70,6 +76,7 @@ __all__ = [
     "OpContext",
     "OptionSpec",
     "OptionValue",
+    "OsFileOps",
     "Probe",
     "Region",
     "ReleaseToken",
@@ -84,6 +91,10 @@ __all__ = [
     "TargetTooSmall",
     "Unsupported",
     "ValueCorrupt",
+    "ValueFiles",
+    "Workers",
+    "directory_of",
     "hookimpl",
     "status_of_oserror",
+    "writable",
 ]

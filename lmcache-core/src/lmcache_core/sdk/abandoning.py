@@ -7,7 +7,6 @@ its buffer away from others until the call ends), those not started are TIMED_OU
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -15,8 +14,8 @@ from typing import Generic, TypeVar
 from lmcache_core.sdk.batch import BatchLoop
 from lmcache_core.sdk.buffers import Buffer, ReleaseToken
 from lmcache_core.sdk.connector import OpContext
-from lmcache_core.sdk.errors import BackendUnavailable
 from lmcache_core.sdk.status import Status
+from lmcache_core.sdk.workers import Workers
 
 T = TypeVar("T")
 
@@ -41,22 +40,16 @@ class AbandoningLoop(BatchLoop):
     ) -> None:
         super().__init__(name, clock=clock)
         self._released = released
-        self._max_stuck = max_stuck
-        self._stuck = 0
-        self._idle: list[_Worker] = []
-        self._lock = threading.Lock()
+        self._workers = Workers(name, max_stuck=max_stuck)
 
     @property
     def stuck_calls(self) -> int:
         """Batches that are past their deadline and still run."""
-        return self._stuck
+        return self._workers.stuck_calls
 
     def close(self) -> None:
         super().close()
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for worker in idle:
-            worker.end()
+        self._workers.close()
 
     def _each(
         self,
@@ -69,7 +62,7 @@ class AbandoningLoop(BatchLoop):
         if self._released is None or ctx.deadline_s <= self._clock() or not keys:
             return super()._each(keys, ctx, one, wrap, buffers)
         batch: _Batch[T] = _Batch()
-        self._hand_over(lambda: self._run_batch(batch, keys, ctx, one, wrap, buffers))
+        self._workers.start(lambda: self._run_batch(batch, keys, ctx, one, wrap, buffers))
         if not batch.ended.acquire(timeout=max(0.0, ctx.deadline_s - self._clock())):
             with batch.lock:
                 # Ended meanwhile, or not one key is started from here on.
@@ -113,8 +106,7 @@ class AbandoningLoop(BatchLoop):
             left = batch.left
             batch.ended.release()
         if left:
-            with self._lock:
-                self._stuck -= 1
+            self._workers.came_back()
             if buffers and self._released is not None:
                 self._released(buffers[batch.left_at].token)
 
@@ -128,30 +120,10 @@ class AbandoningLoop(BatchLoop):
                 batch.left, batch.left_at = True, len(done)
         rest = [wrap(Status.TIMED_OUT)] * (count - len(done))
         if batch.left:
-            with self._lock:
-                self._stuck += 1
+            self._workers.left_behind()
             if buffers:
                 rest[0] = wrap(Status.ABANDONED)
         return done + rest
-
-    def _hand_over(self, work: Callable[[], None]) -> None:
-        """Hand ``work`` to an idle worker, or a new one."""
-        with self._lock:
-            if self._stuck >= self._max_stuck:
-                raise BackendUnavailable(
-                    f"{self._stuck} calls hang",
-                    backend=self._name,
-                    hint="the device stands still; look at it first",
-                )
-            worker = self._idle.pop() if self._idle else None
-        (worker or _Worker(self._name, self._keep)).work.put(work)
-
-    def _keep(self, worker: _Worker) -> bool:
-        """Keep an idle worker; False when it should end."""
-        with self._lock:
-            if not self._closed:
-                self._idle.append(worker)
-            return not self._closed
 
 
 class _Batch(Generic[T]):
@@ -171,23 +143,3 @@ class _Batch(Generic[T]):
         self.started = self.left_at = 0
         self.stopped = self.left = False
         self.error: Exception | None = None
-
-
-class _Worker:
-    """One daemon thread that does what it is given, in turn."""
-
-    def __init__(self, name: str, rest: Callable[[_Worker], bool]) -> None:
-        self.work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._next_turn = rest
-        threading.Thread(target=self._run, name=f"{name}-io", daemon=True).start()
-
-    def end(self) -> None:
-        """End once it is idle."""
-        self.work.put(None)
-
-    def _run(self) -> None:
-        while (work := self.work.get()) is not None:
-            work()
-            del work
-            if not self._next_turn(self):
-                return

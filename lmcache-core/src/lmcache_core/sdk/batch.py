@@ -72,6 +72,23 @@ class BatchLoop(RemoteConnector):
     def delete_one(self, key: bytes, timeout_s: float) -> None:
         """Remove ``key``; absent is fine."""
 
+    def get_buffer(self, key: bytes, target: Buffer, timeout_s: float) -> GetResult:
+        """`get_one` on the view of ``target``; a connector that moves bytes without the host's
+        memory overrides it."""
+        view = self.usable_view(target)
+        if view is None:
+            return GetResult(Status.REJECTED)
+        nbytes = self.get_one(key, view, timeout_s)
+        return GetResult(Status.MISS) if nbytes is None else GetResult(Status.OK, nbytes)
+
+    def put_buffer(self, key: bytes, source: Buffer, timeout_s: float) -> Status:
+        """`put_one` on the view of ``source``; see `get_buffer`."""
+        view = self.usable_view(source)
+        if view is None:
+            return Status.REJECTED
+        self.put_one(key, view, timeout_s)
+        return Status.OK
+
     def close_resources(self) -> None:
         """Release what the connector holds; called once."""
 
@@ -90,17 +107,12 @@ class BatchLoop(RemoteConnector):
         index = iter(targets)
 
         def one(key: bytes, timeout_s: float) -> GetResult:
-            target = next(index)
-            view = self.usable_view(target)
-            if view is None:
-                return GetResult(Status.REJECTED)
             try:
-                nbytes = self.get_one(key, view, timeout_s)
+                return self.get_buffer(key, next(index), timeout_s)
             except TargetTooSmall as small:
                 return GetResult(Status.SIZE_MISMATCH, small.nbytes)
             except ValueCorrupt:
                 return GetResult(Status.CORRUPT)
-            return GetResult(Status.MISS) if nbytes is None else GetResult(Status.OK, nbytes)
 
         return self._each(keys, ctx, one, GetResult, targets)
 
@@ -112,11 +124,9 @@ class BatchLoop(RemoteConnector):
 
         def one(key: bytes, timeout_s: float) -> Status:
             source = next(index)
-            view = self.usable_view(source)
-            if view is None or source.nbytes > self.capabilities.max_value_bytes:
+            if source.nbytes > self.capabilities.max_value_bytes:
                 return Status.REJECTED
-            self.put_one(key, view, timeout_s)
-            return Status.OK
+            return self.put_buffer(key, source, timeout_s)
 
         return self._each(keys, ctx, one, lambda status: status, sources)
 
