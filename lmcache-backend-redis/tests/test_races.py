@@ -116,14 +116,14 @@ def die_after(store: RedisConnector, commands: int, act: Callable[[], object]) -
         return DyingSession(connect(deadline_s), commands)  # type: ignore[return-value]
 
     sessions.connect = dying  # type: ignore[method-assign]
-    sessions._drop_idle()
+    sessions.drop_idle()
     try:
         act()
     except Dies:
         return True
     finally:
         sessions.connect = connect  # type: ignore[method-assign]
-        sessions._drop_idle()
+        sessions.drop_idle()
     return False
 
 

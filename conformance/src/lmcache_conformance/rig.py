@@ -277,6 +277,21 @@ class Rig:
             time.sleep(0.05)
         raise Wrong(f"the store is well again for {limit_s:.0f} s, put_from still gives {last}")
 
+    def get_when_well(self, key: bytes, nbytes: int, limit_s: float = 10.0) -> tuple[Status, bytes]:
+        """What a get answers once it is neither unavailable nor unfinished; the last one else."""
+        end_s = time.monotonic() + limit_s
+        while True:
+            late = time.monotonic() >= end_s
+            try:
+                result, found = self.get(key, nbytes, seconds=2.0)
+            except BackendUnavailable:
+                if late:
+                    raise
+            else:
+                if late or result.status not in UNFINISHED:
+                    return result.status, found
+            time.sleep(0.05)
+
     def adopt(self, child: object) -> None:
         """Close ``child`` when the check ends."""
         self._children.append(child)

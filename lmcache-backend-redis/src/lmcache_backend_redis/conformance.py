@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import redis
 
+from lmcache_backend_redis.fleets import RedisCluster, RedisSentinels
 from lmcache_backend_redis.layout import Head, head_name
 from lmcache_backend_redis.server import RedisServer
-from lmcache_conformance import TcpHarness
+from lmcache_conformance import Harness, TcpHarness
 
 _WHOLE = ("--appendonly", "yes")
 
@@ -104,3 +107,67 @@ class RedisUnixHarness(RedisHarness):
 
     def url(self) -> str:
         return self.server.unix_url
+
+
+class RedisClusterHarness(Harness):
+    """Three nodes; faults hit all of them at once."""
+
+    name = "redis-cluster"
+
+    def start(self, scratch: Path) -> None:
+        super().start(scratch)
+        self.fleet = RedisCluster(replica=False, arguments=_WHOLE)
+
+    def stop(self) -> None:
+        self.fleet.close()
+
+    def url(self) -> str:
+        return self.fleet.url
+
+    def bad_urls(self) -> list[str]:
+        return ["redis+cluster://127.0.0.1:1", f"{self.fleet.url}/3"]
+
+    def kill(self) -> None:
+        for node in self.fleet.nodes:
+            node.kill()
+
+    def restart(self) -> None:
+        for node in self.fleet.nodes:
+            node.start()
+        self.fleet.wait_until_well()
+
+    def stall(self) -> AbstractContextManager[None]:
+        return _frozen(self.fleet.nodes)
+
+
+class RedisSentinelHarness(Harness):
+    """A master, its replica and three sentinels."""
+
+    name = "redis-sentinel"
+
+    def start(self, scratch: Path) -> None:
+        super().start(scratch)
+        self.fleet = RedisSentinels()
+
+    def stop(self) -> None:
+        self.fleet.close()
+
+    def url(self) -> str:
+        return self.fleet.url
+
+    def bad_urls(self) -> list[str]:
+        return ["redis+sentinel://127.0.0.1:1/kv", self.fleet.url.rpartition("/")[0]]
+
+    def stall(self) -> AbstractContextManager[None]:
+        return _frozen(self.fleet.servers)
+
+
+@contextmanager
+def _frozen(servers: list[RedisServer]) -> Iterator[None]:
+    for server in servers:
+        server.freeze()
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.resume()

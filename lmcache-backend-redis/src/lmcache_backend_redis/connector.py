@@ -11,10 +11,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from lmcache_backend_redis.layout import MAX_PIECES, Head, head_name, head_pattern, key_of
-from lmcache_backend_redis.reading import Read, read_values
+from lmcache_backend_redis.layout import MAX_PIECES, head_name
+from lmcache_backend_redis.reading import Read, read_all
+from lmcache_backend_redis.scanning import ask, scan_server
 from lmcache_backend_redis.sessions import Sessions
-from lmcache_backend_redis.wire import Reply, ServerError, Session, WrongSize, command
+from lmcache_backend_redis.wire import Reply, ServerError, Session, command
 from lmcache_backend_redis.writing import AWAY, Writer, as_exception
 from lmcache_core.sdk import (
     BackendUnavailable,
@@ -71,7 +72,7 @@ class RedisConnector(BatchLoop):
     def exists(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
         self.check_call(keys, "exists")
         request = b"".join(command(b"EXISTS", head_name(key)) for key in keys)
-        replies = self._ask(request, len(keys), ctx.deadline_s)
+        replies = ask(self._sessions, request, len(keys), ctx.deadline_s)
         if replies is None:
             return [Status.TIMED_OUT] * len(keys)
         return [_present(reply) for reply in replies]
@@ -86,17 +87,7 @@ class RedisConnector(BatchLoop):
     ) -> list[GetResult]:
         self.check_call(keys, "get_into", targets)
         reads = [Read(key, self.usable_view(target)) for key, target in zip(keys, targets)]
-        while any(read.result is None for read in reads):
-            try:
-                self._sessions.run(lambda s: read_values(s, reads, ctx.deadline_s), ctx.deadline_s)
-            except (WrongSize, ServerError) as error:
-                if isinstance(error, ServerError) and error.code in AWAY:
-                    raise as_exception(error) from error
-                # The stream is out of step, so the others need another connection.
-                status = Status.CORRUPT if isinstance(error, WrongSize) else Status.FAILED
-                next(read for read in reads if read.reading).settle(status)
-            except TimeoutError:
-                break
+        read_all(self._sessions, reads, ctx.deadline_s)
         for read in reads:
             if read.torn:
                 self._drop_torn(read, ctx.deadline_s)
@@ -117,20 +108,12 @@ class RedisConnector(BatchLoop):
     def scan(self, prefix: bytes, ctx: OpContext) -> Iterator[ScanEntry]:
         """Every whole value whose key starts with ``prefix``."""
         self.check_call((), "scan")
-        cursor = b"0"
-        while True:
-            request = command(b"SCAN", cursor, b"MATCH", head_pattern(prefix), b"COUNT", b"500")
-            cursor, names = _page(self._ask(request, 1, ctx.deadline_s))
-            keys = [key for name in names if (key := key_of(name)) is not None]
-            for start in range(0, len(keys), 128):
-                yield from self._entries(keys[start : start + 128], ctx.deadline_s)
-            if cursor == b"0":
-                return
+        return scan_server(self._sessions, prefix, ctx.deadline_s)
 
     def health(self, ctx: OpContext) -> Health:
         self.check_call((), "health")
         request = command(b"PING") + command(b"INFO", b"memory")
-        replies = self._ask(request, 2, ctx.deadline_s)
+        replies = ask(self._sessions, request, 2, ctx.deadline_s)
         if replies is None:
             return Health(ok=False, reason="no answer before the deadline")
         ping, info = replies
@@ -149,6 +132,8 @@ class RedisConnector(BatchLoop):
     def _change(self, op: Callable[[Session], ServerError | None], deadline_s: float) -> None:
         error = self._sessions.run(op, deadline_s)
         if error is not None:
+            if error.code in AWAY:
+                self._sessions.drop_idle()
             raise as_exception(error)
 
     def _drop_torn(self, read: Read, deadline_s: float) -> None:
@@ -158,33 +143,6 @@ class RedisConnector(BatchLoop):
                 lambda s: self._writer.drop_version(s, read.key, read.version, deadline_s),
                 deadline_s,
             )
-
-    def _ask(self, request: bytes, count: int, deadline_s: float) -> list[Reply] | None:
-        """``count`` replies to commands without effect, or None past the deadline."""
-
-        def op(session: Session) -> list[Reply]:
-            session.send([request], deadline_s)
-            return [session.reply(deadline_s) for _ in range(count)]
-
-        try:
-            return self._sessions.run(op, deadline_s)
-        except TimeoutError:
-            return None
-
-    def _entries(self, keys: list[bytes], deadline_s: float) -> Iterator[ScanEntry]:
-        request = b"".join(
-            # Idle time first: a GET would reset it.
-            command(b"OBJECT", b"IDLETIME", head_name(key)) + command(b"GET", head_name(key))
-            for key in keys
-        )
-        replies = self._ask(request, 2 * len(keys), deadline_s)
-        if replies is None:
-            raise TimeoutError("the scan took longer than its deadline")
-        now_s = time.time()
-        for key, idle, data in zip(keys, replies[::2], replies[1::2]):
-            head = Head.decode(data) if isinstance(data, bytes) else None
-            if head is not None:
-                yield ScanEntry(key, head.nbytes, now_s - idle if isinstance(idle, int) else 0.0)
 
 
 def capabilities(
@@ -213,14 +171,14 @@ def capabilities(
 
 
 def server_facts(sessions: Sessions, deadline_s: float) -> dict[str, str]:
-    """Fields of INFO memory and persistence; empty when the ACL forbids INFO.
+    """Fields of INFO memory, persistence and cluster; empty when the ACL forbids INFO.
 
     Raises:
         ConfigError, BackendUnavailable, TimeoutError: see `Sessions.connect`.
     """
 
     def op(session: Session) -> list[Reply]:
-        sections = (b"memory", b"persistence")
+        sections = (b"memory", b"persistence", b"cluster")
         session.send([command(b"INFO", section) for section in sections], deadline_s)
         return [session.reply(deadline_s) for _ in sections]
 
@@ -241,18 +199,6 @@ def parse_info(reply: Reply) -> dict[str, str]:
     text = reply.decode(errors="replace") if isinstance(reply, bytes) else ""
     pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
     return {name: value for name, _, value in pairs}
-
-
-def _page(replies: list[Reply] | None) -> tuple[bytes, list[bytes]]:
-    if replies is None:
-        raise TimeoutError("the scan took longer than its deadline")
-    reply = replies[0]
-    if isinstance(reply, ServerError):
-        raise as_exception(reply)
-    with contextlib.suppress(TypeError, ValueError):
-        cursor, names = reply  # type: ignore[misc]
-        return bytes(cursor), [bytes(name) for name in names]  # type: ignore[arg-type, union-attr]
-    raise ConnectionError("SCAN gave something else than a page")
 
 
 def _present(reply: Reply) -> Status:

@@ -1,4 +1,4 @@
-"""Hooks of ``redis://``, ``rediss://`` and ``unix://``.  redis-py is imported at open only."""
+"""Hooks of every ``redis`` scheme.  redis-py is imported at open only."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from lmcache_core.sdk import (
     OptionSpec,
     Probe,
     RemoteConnector,
-    Sharing,
     hookimpl,
 )
 
-OPEN_LIMIT_S = 5.0
 _MIB = 1 << 20
-_TLS = ("ca_certs", "certfile", "keyfile", "cert_reqs")
 
 OPTIONS = (
     OptionSpec(name="connections", type=int, default=4, help="connections at the same time"),
@@ -44,9 +41,17 @@ OPTIONS = (
     OptionSpec(name="keyfile", type=str, default="", help="client key, for rediss://"),
     OptionSpec(
         name="cert_reqs", type=str, default="required", choices=("required", "none"),
-        help="whether the server's certificate is verified, for rediss://",
+        help="whether the server's certificate is verified, for rediss:// and with tls",
+    ),
+    OptionSpec(
+        name="tls", type=bool, default=False, help="TLS, for redis+cluster and redis+sentinel://"
+    ),
+    OptionSpec(name="sentinel_username", type=str, default="", help="ACL user of the sentinels"),
+    OptionSpec(
+        name="sentinel_password", type=str, default="", secret=True, help="of the sentinels"
     ),
 )  # fmt: skip
+_DEFAULTS = {spec.name: spec.default for spec in OPTIONS}
 
 
 @hookimpl
@@ -55,26 +60,31 @@ def lmcache_backend_info() -> BackendInfo:
     return BackendInfo(
         name="redis",
         version=metadata.version("lmcache-backend-redis"),
-        schemes=("redis", "rediss", "unix"),
+        schemes=("redis", "rediss", "unix", "redis+cluster", "redis+sentinel"),
         api_min=(0, 9),
         api_tested=API_VERSION,
         options=OPTIONS,
-        url_help="redis://[user:password@]host[:port][/db] or unix:///path/to/socket",
+        url_help="redis://[user:password@]host[:port][/db], rediss:// (TLS), unix:///path, "
+        "redis+cluster://host:port[,host:port] or redis+sentinel://host:port[,host:port]/NAME",
     )
 
 
 @hookimpl
 def lmcache_probe(url: str, options: Mapping[str, Any]) -> Probe:
     """Whether a server answers there; without host or path only whether redis-py is fit."""
-    from lmcache_backend_redis.sessions import Sessions
+    from lmcache_backend_redis.opening import CLUSTER, nodes_of, sessions_of
 
     parts = urlsplit(url)
     if not (parts.netloc or parts.path.strip("/")):
         return Probe(usable=True, reason=f"redis-py {metadata.version('redis')}; no server asked")
-
+    deadline_s = time.monotonic() + 1.5
     try:
-        sessions = Sessions(url, _arguments(url, options), limit=1)
-        sessions.connect(time.monotonic() + 1.5).close()
+        if parts.scheme == CLUSTER:
+            nodes = nodes_of(url, options, _DEFAULTS)
+            nodes.refresh(deadline_s)
+            nodes.close()
+        else:
+            sessions_of(url, options, _DEFAULTS, limit=1).connect(deadline_s).close()
     except (ConfigError, BackendUnavailable) as error:
         return Probe(usable=False, reason=error.message, hint=error.hint)
     except TimeoutError:
@@ -87,29 +97,10 @@ def lmcache_open_connector(
     url: str, options: Mapping[str, Any], host: HostServices
 ) -> RemoteConnector:
     """Connect, and learn how the server evicts and persists."""
-    from lmcache_backend_redis.connector import RedisConnector, server_facts
-    from lmcache_backend_redis.sessions import Sessions
+    from lmcache_backend_redis.opening import open_connector
 
     _check(options)
-    sessions = Sessions(url, _arguments(url, options), limit=options["connections"])
-    try:
-        facts = server_facts(sessions, time.monotonic() + OPEN_LIMIT_S)
-    except TimeoutError as error:
-        raise BackendUnavailable(
-            f"the server did not answer within {OPEN_LIMIT_S:.0f} s",
-            backend="redis",
-            op="open",
-            hint="is the server running, and does it listen there?",
-        ) from error
-    return RedisConnector(
-        sessions,
-        facts,
-        connections=options["connections"],
-        piece_bytes=options["piece_bytes"],
-        ttl_s=options["ttl_s"],
-        longest_deadline_s=options["longest_deadline_s"],
-        sharing=Sharing.HOST if url.startswith("unix:") else Sharing.CLUSTER,
-    )
+    return open_connector(url, options, _DEFAULTS, host)
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -127,23 +118,3 @@ def _check(options: Mapping[str, Any]) -> None:
                 op="open",
                 hint=f"give {low} to {high}",
             )
-
-
-def _arguments(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """redis-py's arguments beside the URL."""
-    scheme = urlsplit(url).scheme
-    given = {
-        "unix": {name: options[name] for name in ("db", "username", "password")},
-        "rediss": {f"ssl_{name}": options[name] for name in _TLS},
-    }
-    for name in ("db", "username", "password", *_TLS):
-        spec = next(spec for spec in OPTIONS if spec.name == name)
-        belongs = "rediss" if name in _TLS else "unix"
-        if options[name] != spec.default and scheme != belongs:
-            raise ConfigError(
-                f"option {name} is for {belongs}:// URLs",
-                backend="redis",
-                op="open",
-                hint="write rediss:// for TLS; user, password and db go into a redis:// URL",
-            )
-    return {name: value for name, value in given.get(scheme, {}).items() if value != ""}

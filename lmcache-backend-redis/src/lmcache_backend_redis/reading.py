@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lmcache_backend_redis.layout import Head, head_name
-from lmcache_backend_redis.wire import ServerError, Session, command
-from lmcache_backend_redis.writing import AWAY
+from lmcache_backend_redis.sessions import Sessions
+from lmcache_backend_redis.wire import ServerError, Session, WrongSize, command
+from lmcache_backend_redis.writing import AWAY, ELSEWHERE, as_exception
 from lmcache_core.sdk import GetResult, Status
 
 HEAD_READS = 3
@@ -18,12 +19,13 @@ class Read:
     Attributes:
         key, target: what to read, and where to; a target of None is REJECTED.
         result: once it is decided.
+        elsewhere: what a cluster's node said that no longer has the key, or does not yet.
         version: of the head read last.
         reading: its pieces are on the wire now.
         torn: its head names pieces that are gone.
     """
 
-    __slots__ = ("key", "reading", "result", "target", "torn", "version")
+    __slots__ = ("elsewhere", "key", "reading", "result", "target", "torn", "version")
 
     def __init__(self, key: bytes, target: memoryview | None) -> None:
         self.key = key
@@ -31,9 +33,20 @@ class Read:
         self.version = b""
         self.reading = False
         self.torn = False
+        self.elsewhere: ServerError | None = None
         self.result = None if target is not None else GetResult(Status.REJECTED)
 
     result: GetResult | None
+
+    @property
+    def open(self) -> bool:
+        """Whether this server has still to decide it."""
+        return self.result is None and self.elsewhere is None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is FAILED."""
+        return self.result is not None and self.result.status is Status.FAILED
 
     def settle(self, status: Status, nbytes: int = 0) -> None:
         """Decide it."""
@@ -41,8 +54,31 @@ class Read:
         self.reading = False
 
 
+def read_all(sessions: Sessions, reads: Sequence[Read], deadline_s: float) -> None:
+    """Decide every read, on as many connections as that takes; those past the deadline stay
+    undecided.
+
+    Raises:
+        BackendUnavailable: the server is away, or refuses everything.
+    """
+    while any(read.open for read in reads):
+        try:
+            sessions.run(lambda session: read_values(session, reads, deadline_s), deadline_s)
+        except (WrongSize, ServerError) as error:
+            if isinstance(error, ServerError) and error.code in AWAY:
+                raise as_exception(error) from error
+            # The stream is out of step, so the others need another connection.
+            read = next(read for read in reads if read.reading)
+            if isinstance(error, ServerError) and error.code in ELSEWHERE:
+                read.elsewhere, read.reading = error, False
+            else:
+                read.settle(Status.CORRUPT if isinstance(error, WrongSize) else Status.FAILED)
+        except TimeoutError:
+            return
+
+
 def read_values(session: Session, reads: Sequence[Read], deadline_s: float) -> None:
-    """Decide every read of ``reads`` that is not decided yet; may be repeated.
+    """Decide every read of ``reads`` that is not decided yet and is here; may be repeated.
 
     A reader that misses a piece, since the value was replaced or evicted meanwhile, reads the
     head again, at most `HEAD_READS` times in all; the same version again means MISS.
@@ -52,7 +88,7 @@ def read_values(session: Session, reads: Sequence[Read], deadline_s: float) -> N
         ServerError: the server refuses that read, or all of them.
         TimeoutError: undecided reads stay undecided.
     """
-    left = [read for read in reads if read.result is None]
+    left = [read for read in reads if read.open]
     for read in left:
         # An earlier try may have ended halfway, with its connection.
         read.version, read.reading = b"", False
@@ -81,7 +117,10 @@ def _read_heads(
         elif isinstance(data, ServerError):
             if data.code in AWAY:
                 raise data
-            read.settle(Status.FAILED)
+            if data.code in ELSEWHERE:
+                read.elsewhere = data
+            else:
+                read.settle(Status.FAILED)
         elif head is None:
             read.settle(Status.CORRUPT)
         elif head.nbytes > len(read.target):

@@ -28,6 +28,9 @@ class RedisServer:
         directory: for its files; a temporary one when None.
         arguments: further ones, such as ``("--maxmemory", "64mb")``.
 
+    Attributes:
+        program, directory, socket_path, port: of the server; constant over restarts.
+
     Raises:
         RuntimeError: no server program, or it does not start; the message says the fix.
     """
@@ -36,12 +39,12 @@ class RedisServer:
         found = shutil.which("redis-server") or shutil.which("valkey-server")
         if found is None:
             raise RuntimeError("redis-server is not installed; try: apt-get install redis-server")
-        self._program = found
+        self.program = found
         self._owned = directory is None
         self.directory = directory or Path(tempfile.mkdtemp(prefix="lmc-redis-"))
         self.directory.mkdir(parents=True, exist_ok=True)
         self.socket_path = self.directory / "s"
-        self.port = _free_port()
+        self.port = free_port()
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -57,6 +60,11 @@ class RedisServer:
         return f"unix://{self.socket_path}"
 
     @property
+    def runs(self) -> bool:
+        """Whether it was started and not killed."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         """Of the server."""
         assert self._process is not None
@@ -67,7 +75,7 @@ class RedisServer:
         log = (self.directory / "log").open("ab")
         # fmt: off
         command = [
-            self._program, "--bind", "127.0.0.1", "--port", str(self.port),
+            self.program, "--bind", "127.0.0.1", "--port", str(self.port),
             "--unixsocket", str(self.socket_path), "--unixsocketperm", "600",
             "--dir", str(self.directory), "--save", "", "--daemonize", "no", *self._arguments,
         ]
@@ -127,7 +135,8 @@ class RedisServer:
             return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

@@ -85,7 +85,7 @@ class Sessions:
                     raise
                 except OSError:
                     # The server was restarted: what else is idle has died with it.
-                    self._drop_idle()
+                    self.drop_idle()
             try:
                 return self._use(self.connect(deadline_s), op)
             except TimeoutError:
@@ -107,7 +107,7 @@ class Sessions:
         if left_s <= 0:
             raise TimeoutError("the deadline has passed")
         made = self._class(
-            **self._options,
+            **{**self._options, **self.target(deadline_s)},
             socket_timeout=left_s,
             socket_connect_timeout=left_s,
             driver_info=None,
@@ -131,11 +131,19 @@ class Sessions:
         made._sock = None
         return Session(TlsWire(sock) if tls else PlainWire(sock))
 
+    def target(self, deadline_s: float) -> dict[str, Any]:
+        """Where to connect to, when it is not where the URL says; arguments of redis-py.
+
+        Raises:
+            BackendUnavailable, TimeoutError: nobody knows.
+        """
+        return {}
+
     def close(self) -> None:
         """Close idle connections; one in use is closed when its call ends."""
         with self._lock:
             self._closed = True
-        self._drop_idle()
+        self.drop_idle()
 
     def _take(self) -> Session | None:
         with self._lock:
@@ -157,7 +165,8 @@ class Sessions:
         session.close()
         return result
 
-    def _drop_idle(self) -> None:
+    def drop_idle(self) -> None:
+        """Close connections that nobody uses now; the next call makes a new one."""
         with self._lock:
             idle, self._idle = self._idle, []
         for session in idle:

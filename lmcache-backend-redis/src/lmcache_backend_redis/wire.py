@@ -176,6 +176,14 @@ class Session:
             return None if rest == b"-1" else [self.reply(deadline_s) for _ in range(int(rest))]
         raise ConnectionError("the peer does not speak RESP2")
 
+    def ok(self, deadline_s: float) -> None:
+        """The next reply, which must be OK; not a byte more is read, so `value_into` may follow."""
+        assert self._start == self._end, "a reply was left unread"
+        head = self._small[:5]
+        self._wire.receive([head], deadline_s)
+        if bytes(head) != b"+OK\r\n":
+            raise ConnectionError("a reply of another kind where OK was due")
+
     def value_into(self, target: memoryview, deadline_s: float) -> bool:
         """The next reply, a string of exactly ``len(target)`` bytes; False when it is nil.
 

@@ -11,7 +11,10 @@ from lmcache_core.sdk import BackendUnavailable
 
 COMMIT_TRIES = 16
 FULL = {"OOM", "MISCONF", "NOREPLICAS"}
-AWAY = {"LOADING", "NOAUTH", "WRONGPASS", "NOPERM", "CLUSTERDOWN", "MASTERDOWN"}
+AWAY = {"LOADING", "NOAUTH", "WRONGPASS", "NOPERM", "CLUSTERDOWN", "MASTERDOWN", "READONLY"}
+"""READONLY: a master that has become a replica; a new connection finds the new one."""
+ELSEWHERE = {"MOVED", "ASK", "TRYAGAIN"}
+"""A cluster's node says that the key's slot is, or will be, at another node."""
 _BUSY = "BUSY other writers of the same key were always faster"
 
 
@@ -158,10 +161,19 @@ def first_error(replies: Sequence[Reply]) -> ServerError | None:
     return next((reply for reply in replies if isinstance(reply, ServerError)), None)
 
 
+_HINTS = {
+    "NOAUTH": "give user and password in the URL: redis://user:password@host",
+    "WRONGPASS": "check user and password of the URL",
+    "NOPERM": "give the ACL user the rights that the README lists",
+    "MOVED": "the server is a node of a cluster: write redis+cluster://",
+}
+
+
 def as_exception(error: ServerError) -> Exception:
     """What the contract calls ``error``: no room, not available now, or an I/O error."""
     if error.code in FULL:
         return OSError(errno.ENOSPC, str(error))
     if error.code in AWAY:
-        return BackendUnavailable(str(error), backend="redis", hint="look at the server's log")
+        hint = _HINTS.get(error.code, "look at the server's log")
+        return BackendUnavailable(str(error), backend="redis", hint=hint)
     return OSError(errno.EIO, str(error))
