@@ -29,10 +29,10 @@ OVERLAY = Path(__file__).with_name("overlay")
 HOOKS = frozenset({"lmcache_backend_info", "lmcache_probe", "_capabilities", "capabilities"})
 MODULES = {
     "memory": ["lmcache_core.connectors.memory"],
-    "file": ["lmcache_core.connectors.file"],
+    "file": ["lmcache_core.connectors.file", "lmcache_core.sdk.value_files"],
     "redis": [
         f"lmcache_backend_redis.{name}"
-        for name in ("connector", "layout", "reading", "writing", "wire", "sessions")
+        for name in ("connector", "layout", "reading", "scanning", "sessions", "wire", "writing")
     ],
 }
 HARNESSES = {"memory": ["memory"], "file": ["file", "file-synced:I5"], "redis": ["redis"]}

@@ -25,7 +25,7 @@ from lmcache_backend_redis.wire import Part, Reply, ServerError, Session, comman
 from lmcache_backend_redis.writing import AWAY, ELSEWHERE, Writer, as_exception
 from lmcache_core.sdk import (
     BackendUnavailable,
-    BatchLoop,
+    BaseConnector,
     Buffer,
     Capabilities,
     Counter,
@@ -104,7 +104,7 @@ class _Routed(Protocol):
 R = TypeVar("R", bound=_Routed)
 
 
-class ClusterConnector(BatchLoop):
+class ClusterConnector(BaseConnector):
     """Thread-safe up to ``connections`` calls.
 
     Args:
@@ -232,18 +232,6 @@ class ClusterConnector(BatchLoop):
         ok = len(said) < len(masters)
         reason = "" if ok else "; ".join(f"{name}: {why}" for name, why in said.items())
         return Health(ok=ok, reason=reason, used_bytes=used_bytes, details=said)
-
-    def exists_one(self, key: bytes, timeout_s: float) -> bool:
-        raise NotImplementedError("exists answers the whole batch")
-
-    def get_one(self, key: bytes, target: memoryview, timeout_s: float) -> int | None:
-        raise NotImplementedError("get_into answers the whole batch")
-
-    def put_one(self, key: bytes, source: memoryview, timeout_s: float) -> None:
-        raise NotImplementedError("put_from answers the whole batch")
-
-    def delete_one(self, key: bytes, timeout_s: float) -> None:
-        raise NotImplementedError("delete answers the whole batch")
 
     def close_resources(self) -> None:
         self._nodes.close()

@@ -28,6 +28,9 @@ def test_idle_threads_are_used_again_and_end_with_close() -> None:
     for _ in range(20):
         workers.run(lambda: None, 5, _nothing)
     assert threading.active_count() <= before + 1
+    time.sleep(1.5)
+    assert threading.active_count() == before, "an idle thread does not end"
+    assert workers.run(lambda: 3, 5, _nothing) == 3
     workers.close()
     end_s = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < end_s:

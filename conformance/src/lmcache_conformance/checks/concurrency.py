@@ -15,6 +15,7 @@ from lmcache_core.sdk import (
     BackendClosed,
     BackendUnavailable,
     GetResult,
+    OnExisting,
     RemoteConnector,
     Sharing,
     Status,
@@ -173,7 +174,8 @@ def opening_beside_puts(rig: Rig) -> None:
         while time.monotonic() < end_s:
             turn += 1
             rig.must_put({key: value(turn, size)})
-        rig.expect_value(key, value(turn, size), "after connectors were opened beside")
+        kept = 1 if rig.claims.on_existing is OnExisting.KEEP else turn
+        rig.expect_value(key, value(kept, size), "after connectors were opened beside")
 
     def open_and_close() -> None:
         while time.monotonic() < end_s:

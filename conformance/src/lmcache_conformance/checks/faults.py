@@ -11,7 +11,14 @@ from lmcache_conformance.frame import Inconclusive, NotClaimed, Profile, Wrong, 
 from lmcache_conformance.harness import TcpHarness
 from lmcache_conformance.memory import value
 from lmcache_conformance.rig import UNFINISHED, Rig, within
-from lmcache_core.sdk import BackendUnavailable, ConfigError, LMCacheError, Sharing, Status
+from lmcache_core.sdk import (
+    BackendUnavailable,
+    ConfigError,
+    LMCacheError,
+    OnExisting,
+    Sharing,
+    Status,
+)
 
 GRACE_S = 0.25
 _MAY_RAISE = {"BackendUnavailable"}
@@ -140,7 +147,8 @@ def cut_during_a_put(rig: Rig) -> None:
             pass
         rig.proxy.faults.cut_after_bytes = -1
         rig.proxy.hang_up()
-        allowed = [new] if said is Status.OK else [old, new, None]
+        stays = old if rig.claims.on_existing is OnExisting.KEEP else new
+        allowed = [stays] if said is Status.OK else [old, new, None]
         rig.expect_one_of(key, allowed, size, f"a put cut after byte {offset} ({said})")
 
 

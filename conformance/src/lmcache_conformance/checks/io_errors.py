@@ -11,6 +11,7 @@ from lmcache_conformance.frame import NotClaimed, Profile, Wrong, check
 from lmcache_conformance.memory import value
 from lmcache_conformance.rig import SIZE, Rig
 from lmcache_conformance.shim import Action, mask_of
+from lmcache_core.sdk import OnExisting
 
 _MOST_CALLS = {False: 24, True: 400}
 
@@ -128,7 +129,9 @@ def _nth_call(
         allowed = {None} if said == "OK" else {digest(old), None}
     else:
         earlier = digest(old) if before is not None else None
-        allowed = {digest(new)} if said == "OK" else {earlier, digest(new), None}
+        keeps = rig.claims.on_existing is OnExisting.KEEP
+        stays = earlier if keeps and earlier is not None else digest(new)
+        allowed = {stays} if said == "OK" else {earlier, digest(new), None}
     after = child.call("get", key=key.hex(), nbytes=size)
     rig.expect(after.get("status") in ("OK", "MISS", "CORRUPT"), f"after {what}: {after}")
     rig.expect(after.get("digest") in allowed, f"after {what} (answered {said}): {after}")

@@ -93,6 +93,7 @@ def like_a_dictionary_under_faults(rig: Rig) -> None:
     behind_a_proxy(rig)
     dice = random.Random(rig.seed)
     size, keys = rig.size(20_000), rig.keys(3)
+    keeps = rig.claims.on_existing is OnExisting.KEEP
     possible: dict[bytes, set[bytes | None]] = {key: {None} for key in keys}
 
     def in_doubt(call: Callable[[], Status]) -> Status | None:
@@ -112,7 +113,12 @@ def like_a_dictionary_under_faults(rig: Rig) -> None:
         if op == "put":
             content = value(step, size)
             said = in_doubt(lambda k=key, c=content: rig.put({k: c}, seconds=2.0)[0])  # type: ignore[misc]
-            possible[key] = {content} if said is Status.OK else possible[key] | {content, None}
+            if said is not Status.OK:
+                possible[key] |= {content, None}
+            elif keeps:
+                possible[key] = {content if each is None else each for each in possible[key]}
+            else:
+                possible[key] = {content}
         elif op == "delete":
             said = in_doubt(lambda k=key: rig.store.delete([k], within(2.0))[0])  # type: ignore[misc]
             possible[key] = {None} if said is Status.OK else possible[key] | {None}

@@ -5,6 +5,7 @@ A backend imports from here and from nowhere else in core.
 
 from lmcache_core.sdk.abandoning import AbandoningLoop
 from lmcache_core.sdk.api import API_VERSION, BACKEND_GROUP
+from lmcache_core.sdk.base import BaseConnector
 from lmcache_core.sdk.batch import BatchLoop, TargetTooSmall, ValueCorrupt, status_of_oserror
 from lmcache_core.sdk.buffers import Buffer, MemoryKind, Region, ReleaseToken
 from lmcache_core.sdk.capabilities import Capabilities, Durability, OnExisting, Sharing
@@ -43,7 +44,7 @@ from lmcache_core.sdk.hookspecs import (
 )
 from lmcache_core.sdk.status import GetResult, Status
 from lmcache_core.sdk.value_files import ValueFiles, directory_of, writable
-from lmcache_core.sdk.workers import LeftBehind, Workers
+from lmcache_core.sdk.workers import LeftBehind, Pending, Workers
 
 __all__ = [
     "API_VERSION",
@@ -53,6 +54,7 @@ __all__ = [
     "BackendHooks",
     "BackendInfo",
     "BackendUnavailable",
+    "BaseConnector",
     "BatchLoop",
     "Buffer",
     "CLOSE_LIMIT_S",
@@ -77,6 +79,7 @@ __all__ = [
     "OptionSpec",
     "OptionValue",
     "OsFileOps",
+    "Pending",
     "Probe",
     "Region",
     "ReleaseToken",

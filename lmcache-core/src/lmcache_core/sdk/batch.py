@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
-import threading
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TypeVar
 
+from lmcache_core.sdk.base import BaseConnector
 from lmcache_core.sdk.buffers import Buffer
-from lmcache_core.sdk.connector import MAX_KEY_BYTES, OpContext, RemoteConnector
-from lmcache_core.sdk.errors import BackendClosed, ContractViolation
+from lmcache_core.sdk.connector import OpContext
 from lmcache_core.sdk.status import GetResult, Status
 
 T = TypeVar("T")
@@ -37,7 +33,7 @@ def status_of_oserror(error: OSError) -> Status:
     return Status.FAILED
 
 
-class BatchLoop(RemoteConnector):
+class BatchLoop(BaseConnector):
     """A connector made of per-key functions.
 
     A subclass gives ``capabilities``, `exists_one`, `get_one`, `put_one`, `delete_one`
@@ -48,13 +44,6 @@ class BatchLoop(RemoteConnector):
     is mapped by `status_of_oserror`.  A ``get_one`` that finds its target too small
     raises `TargetTooSmall`; one that finds the stored value torn raises `ValueCorrupt`.
     """
-
-    def __init__(self, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._name = name
-        self._clock = clock
-        self._pid = os.getpid()
-        self._closed = False
-        self._close_lock = threading.Lock()
 
     @abstractmethod
     def exists_one(self, key: bytes, timeout_s: float) -> bool:
@@ -88,9 +77,6 @@ class BatchLoop(RemoteConnector):
             return Status.REJECTED
         self.put_one(key, view, timeout_s)
         return Status.OK
-
-    def close_resources(self) -> None:
-        """Release what the connector holds; called once."""
 
     def exists(self, keys: Sequence[bytes], ctx: OpContext) -> list[Status]:
         self.check_call(keys, "exists")
@@ -142,14 +128,6 @@ class BatchLoop(RemoteConnector):
 
         return self._each(keys, ctx, one, lambda status: status)
 
-    def close(self) -> None:
-        with self._close_lock:
-            if self._closed:
-                return
-            self._closed = True
-        if os.getpid() == self._pid:
-            self.close_resources()
-
     def _each(
         self,
         keys: Sequence[bytes],
@@ -184,50 +162,6 @@ class BatchLoop(RemoteConnector):
         except OSError as error:
             return wrap(status_of_oserror(error))
 
-    def usable_view(self, buffer: Buffer) -> memoryview | None:
-        """The buffer's bytes, or None when it is REJECTED: on a device, or misaligned."""
-        alignment = self.capabilities.alignment
-        if buffer.view is None or buffer.address % alignment or buffer.nbytes % alignment:
-            return None
-        return buffer.view
-
-    def check_call(
-        self, keys: Sequence[bytes], op: str, buffers: Sequence[Buffer] | None = None
-    ) -> None:
-        """What every method must refuse before it touches anything; for subclasses that
-        answer a whole batch at once.
-
-        Raises:
-            BackendClosed: after close, or in a forked child.
-            ContractViolation: over ``max_batch``, a key of a wrong length, not one buffer a key,
-                overlapping targets.
-        """
-        if self._closed or os.getpid() != self._pid:
-            why = "closed" if self._closed else "opened in another process"
-            raise BackendClosed(
-                f"the connector was {why}", backend=self._name, op=op, hint="open it again"
-            )
-        if len(keys) > self.capabilities.max_batch:
-            raise ContractViolation(
-                f"{len(keys)} keys in one call, max_batch is {self.capabilities.max_batch}",
-                backend=self._name,
-                op=op,
-                hint="split the batch",
-            )
-        if buffers is not None and len(buffers) != len(keys):
-            raise ContractViolation(
-                f"{len(keys)} keys but {len(buffers)} buffers", backend=self._name, op=op
-            )
-        if op == "get_into":
-            _refuse_overlap(buffers or (), self._name)
-        for key in keys:
-            if not 1 <= len(key) <= MAX_KEY_BYTES:
-                raise ContractViolation(
-                    f"a key of {len(key)} bytes, allowed are 1 to {MAX_KEY_BYTES}",
-                    backend=self._name,
-                    op=op,
-                )
-
 
 class TargetTooSmall(Exception):
     """Raised by `BatchLoop.get_one`: the value has ``nbytes`` bytes, more than the target."""
@@ -239,10 +173,3 @@ class TargetTooSmall(Exception):
 
 class ValueCorrupt(Exception):
     """Raised by `BatchLoop.get_one`: what is stored is not the whole value of one put."""
-
-
-def _refuse_overlap(targets: Sequence[Buffer], backend: str) -> None:
-    spans = sorted((t.address, t.address + t.nbytes) for t in targets)
-    for (_, end), (start, _) in pairwise(spans):
-        if start < end:
-            raise ContractViolation("targets overlap", backend=backend, op="get_into")

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 from lmcache_core.sdk.errors import BackendUnavailable
 
 T = TypeVar("T")
+IDLE_S = 1.0
 
 
 class LeftBehind(Exception):
@@ -21,7 +22,7 @@ class LeftBehind(Exception):
 
 
 class Workers:
-    """Daemon threads that are kept while idle; thread-safe.
+    """Daemon threads that are kept for `IDLE_S` when idle; thread-safe.
 
     Args:
         name: of the backend.
@@ -52,24 +53,20 @@ class Workers:
             LeftBehind: not done within ``timeout_s``.
             BackendUnavailable: ``max_stuck`` pieces of work are late already.
         """
-        outcome: _Outcome[T] = _Outcome()
-
-        def job() -> None:
-            try:
-                outcome.value = work()
-            except Exception as error:  # raised again in the caller
-                outcome.error = error
-            if outcome.end():
-                self.came_back()
-                ended_late()
-
-        self.start(job)
-        if not outcome.done.acquire(timeout=max(0.0, timeout_s)) and outcome.leave():
-            self.left_behind()
+        pending = self.begin(work)
+        if not pending.wait(timeout_s) and pending.leave(ended_late):
             raise LeftBehind(f"no answer within {timeout_s:.3f} s")
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.value  # type: ignore[return-value]
+        return pending.result()
+
+    def begin(self, work: Callable[[], T]) -> Pending[T]:
+        """``work`` on a worker, for a caller that asks later.
+
+        Raises:
+            BackendUnavailable: see `run`.
+        """
+        pending: Pending[T] = Pending(self)
+        self.start(lambda: pending.end(work))
+        return pending
 
     def start(self, work: Callable[[], None]) -> None:
         """Hand ``work`` to an idle worker, or a new one; it must not raise.
@@ -85,7 +82,7 @@ class Workers:
                     hint="the store or device stands still; look at it first",
                 )
             worker = self._idle.pop() if self._idle else None
-        (worker or _Worker(self._name, self._keep)).work.put(work)
+        (worker or _Worker(self)).work.put(work)
 
     def left_behind(self) -> None:
         """Count work as late, for callers of `start` that wait for themselves."""
@@ -105,57 +102,102 @@ class Workers:
         for worker in idle:
             worker.end()
 
-    def _keep(self, worker: _Worker) -> bool:
-        """Keep an idle worker; False when it should end."""
+    @property
+    def name(self) -> str:
+        """Of the backend."""
+        return self._name
+
+    def keep(self, worker: _Worker) -> bool:
+        """Keep a worker that is done; False when it should end."""
         with self._lock:
             if not self._closed:
                 self._idle.append(worker)
             return not self._closed
 
+    def drop(self, worker: _Worker) -> bool:
+        """Let an idle worker end; False when it has just been given work."""
+        with self._lock:
+            idle = worker in self._idle
+            if idle:
+                self._idle.remove(worker)
+            return idle
 
-class _Outcome(Generic[T]):
-    """Of one piece of work: either it ends first, or its caller leaves first."""
 
-    __slots__ = ("_ended", "_left", "_lock", "done", "error", "value")
+class Pending(Generic[T]):
+    """One piece of work: either it ends first, or its caller leaves first.  Made by
+    `Workers.begin`; one thread waits for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
         self._lock = threading.Lock()
-        self._ended = self._left = False
+        self._ended = False
+        self._ended_late: Callable[[], None] | None = None
         # A bare lock costs a tenth of an Event.
-        self.done = threading.Lock()
-        self.done.acquire()
-        self.value: T | None = None
-        self.error: Exception | None = None
+        self._running = threading.Lock()
+        self._running.acquire()
+        self._value: T | None = None
+        self._error: Exception | None = None
 
-    def end(self) -> bool:
-        """Whether the caller has left before."""
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, within so long; 0 only asks."""
+        if not self._ended and self._running.acquire(timeout=max(0.0, timeout_s)):
+            self._running.release()
+        return self._ended
+
+    def result(self) -> T:
+        """What the ended work returned, or raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+    def leave(self, ended_late: Callable[[], None]) -> bool:
+        """Wait no more; ``ended_late`` will be called.  False when it has just ended: then
+        `result` is there, and nothing will be called."""
+        with self._lock:
+            if self._ended:
+                return False
+            self._ended_late = ended_late
+        self._workers.left_behind()
+        return True
+
+    def end(self, work: Callable[[], T]) -> None:
+        """Do the work, on a worker."""
+        try:
+            self._value = work()
+        except Exception as error:  # raised again in the caller
+            self._error = error
         with self._lock:
             self._ended = True
-            self.done.release()
-            return self._left
-
-    def leave(self) -> bool:
-        """Whether the work had not ended."""
-        with self._lock:
-            self._left = not self._ended
-            return self._left
+            self._running.release()
+            late = self._ended_late
+        if late is not None:
+            self._workers.came_back()
+            late()
 
 
 class _Worker:
     """One daemon thread that does what it is given, in turn."""
 
-    def __init__(self, name: str, rest: Callable[[_Worker], bool]) -> None:
+    def __init__(self, workers: Workers) -> None:
         self.work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._next_turn = rest
-        threading.Thread(target=self._run, name=f"{name}-io", daemon=True).start()
+        self._workers = workers
+        threading.Thread(target=self._run, name=f"{workers.name}-io", daemon=True).start()
 
     def end(self) -> None:
         """End once it is idle."""
         self.work.put(None)
 
     def _run(self) -> None:
-        while (work := self.work.get()) is not None:
+        while True:
+            try:
+                work = self.work.get(timeout=IDLE_S)
+            except queue.Empty:
+                if self._workers.drop(self):
+                    return
+                continue
+            if work is None:
+                return
             work()
             del work
-            if not self._next_turn(self):
+            if not self._workers.keep(self):
                 return
