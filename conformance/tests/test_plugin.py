@@ -126,3 +126,10 @@ def test_a_run_without_the_suite_is_left_alone(tmp_path: Path) -> None:
     done = pytest_on(tmp_path, "def test_a(): pass\n")
     assert done.returncode == 0
     assert "conformance" not in done.stdout
+
+
+def test_a_module_that_can_not_be_collected_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    done = pytest_on(tmp_path, GOOD + "\nimport no_such_module\n")
+    assert done.returncode == 2
+    assert "No module named 'no_such_module'" in done.stdout
+    assert "INTERNALERROR" not in done.stdout + done.stderr and "Traceback" not in done.stderr

@@ -78,7 +78,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """Show the outcome that is neither PASS nor FAIL by its name."""
-    said = dict(report.user_properties).get("kv_outcome")
+    # A report of collection has no properties.
+    said = dict(getattr(report, "user_properties", ())).get("kv_outcome")
     if report.when == "call" and report.passed and said in _LETTERS:
         return str(said).lower(), _LETTERS[str(said)], str(said)
     return None

@@ -267,18 +267,18 @@ def test_a_disk_that_fails(
     watch = Watch(engine)
     ask(engine, 0, reference)
     forget(engine)
-    connector = engine.cache.tiers.readable[0].connector
-    pread = connector._ops.pread_into
+    ops = engine.cache.tiers.readable[0].connector._files.ops
+    pread = ops.pread_into
 
     def fail(fd: int, view: memoryview, offset: int) -> int:
         raise OSError(5, os.strerror(5))
 
-    connector._ops.pread_into = fail
+    ops.pread_into = fail
     assert ask(engine, 0, reference) == {}
     assert watch.last_s() < DEADLINE_S
     assert count(engine, "store.get.failed") >= 1
     assert count(engine, "store.corrupt") == 0, "an unclassified error says nothing of the value"
-    connector._ops.pread_into = pread
+    ops.pread_into = pread
     recovered(engine)
     forget(engine)
     assert ask(engine, 0, reference) == {"store": 512}
