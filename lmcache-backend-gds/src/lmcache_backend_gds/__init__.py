@@ -1,0 +1,1 @@
+"""``gds://``: values in files, moved by kvikio (GPUDirect Storage) or by plain system calls."""

@@ -1,0 +1,1 @@
+"""InfiniStore backend of lmcache-core; see README.md."""

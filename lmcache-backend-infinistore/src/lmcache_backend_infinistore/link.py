@@ -1,0 +1,279 @@
+"""The native client, in the helper's process only: connections, and memory that both sides map."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+_STEP_BYTES = 256 << 10
+"""Copied and hashed at a time, so that the hash finds it in the processor's cache."""
+_LINGER_NONE = struct.pack("ii", 1, 0)
+_ACK_EVERY_S, _ACK_LATER_EVERY_S, _ACK_EAGER_TURNS = 30e-6, 1e-3, 20
+_PR_SET_TIMERSLACK = 29
+_LOG_TAIL_BYTES = 4096
+_OUT_OF_MEMORY, _HUNG_UP = b"return code: 507", b"w_tcp: Failed to send payload"
+_LOG = 1
+"""Where the library says what its exceptions do not; the supervisor gives a file in memory."""
+
+
+class Lost(Exception):
+    """The server does not answer any more, or never did."""
+
+
+class NoRoom(Exception):
+    """The server has no room for a value, and has hung up; `TcpLink.connect` again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """Memory that the connector shares; ``array`` is all of it."""
+
+    memory: mmap.mmap
+    array: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, fd: int, nbytes: int) -> Mapped:
+        """Map ``fd``, which stays the caller's."""
+        memory = mmap.mmap(fd, nbytes)
+        return cls(memory, np.frombuffer(memory, np.uint8))
+
+    @property
+    def address(self) -> int:
+        """Of the first byte."""
+        return int(self.array.ctypes.data)
+
+
+class TcpLink:
+    """One connection; heads and payloads go over TCP.
+
+    Args:
+        api: the module ``infinistore``.
+        settings: see `lmcache_backend_infinistore.supervisor.Settings`.
+    """
+
+    _TYPE = "TYPE_TCP"
+
+    def __init__(self, api: Any, settings: dict[str, Any]) -> None:
+        self._api = api
+        self._settings = settings
+        self._connection: Any = None
+        self._acks = _Acks()
+        self.socket: socket.socket | None = None
+
+    def connect(self) -> None:
+        """Connect anew.
+
+        Raises:
+            Lost: the server can't be reached.
+        """
+        if self._connection is not None:
+            self._connection.close()
+        if self.socket is not None:
+            self.socket.close()
+        given = self._settings
+        config = self._api.ClientConfig(
+            host_addr=given["host"],
+            service_port=given["port"],
+            connection_type=getattr(self._api, self._TYPE),
+            dev_name=given["rdma_device"],
+            link_type=given["link_type"],
+            ib_port=given["ib_port"],
+            log_level="error",
+        )
+        self._connection = self._api.InfinityConnection(config)
+        try:
+            self._connection.connect()
+        except Exception as error:
+            raise Lost(str(error)) from error
+        self.socket = _socket_to(given["host"], given["port"])
+        # What is unsent when this process dies is thrown away: half a head would kill the server.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._acks.of(self.socket)
+
+    def share(self, mapped: Mapped) -> None:
+        """Make ``mapped`` known; nothing to do over TCP."""
+
+    def unshare(self, mapped: Mapped) -> None:
+        """Undo `share`."""
+
+    def stale(self) -> bool:
+        """Whether the server has hung up; to be asked between requests only."""
+        assert self.socket is not None
+        poller = select.poll()
+        poller.register(self.socket, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def exists(self, name: str) -> bool:
+        """Whether ``name`` is there, perhaps without its bytes."""
+        return bool(self._do(self._connection.check_exist, name))
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """All bytes of ``name``, which must be there: else this blocks for ever."""
+        with self._acks:
+            found: NDArray[np.uint8] = self._do(self._connection.tcp_read_cache, name)
+        return found
+
+    def write(self, name: str, content: bytes) -> None:
+        """Store a few bytes.
+
+        Raises:
+            NoRoom: nothing is stored.
+        """
+        data = np.frombuffer(content, np.uint8)
+        self._write(name, int(data.ctypes.data), len(content))
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove ``names``, whose puts must have been acknowledged; absent ones are fine."""
+        self._do(self._connection.delete_keys, list(names))
+
+    def write_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> None:
+        """Store ``nbytes`` from ``offset`` of ``mapped`` on; see `write`."""
+        self._write(name, mapped.address + offset, nbytes)
+
+    def read_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> int | None:
+        """Fill ``mapped`` from ``offset`` on; its xxh3_64, or None when the size is another."""
+        found = self.read(name)
+        if len(found) != nbytes:
+            return None
+        target = mapped.array[offset : offset + nbytes]
+        checksum = xxhash.xxh3_64()
+        for at in range(0, nbytes, _STEP_BYTES):
+            step = target[at : at + _STEP_BYTES]
+            step[:] = found[at : at + _STEP_BYTES]
+            checksum.update(step.data)
+        return checksum.intdigest()
+
+    def _write(self, name: str, address: int, nbytes: int) -> None:
+        start = os.fstat(_LOG).st_size
+        try:
+            self._do(self._connection.tcp_write_cache, name, address, nbytes)
+        except Lost as error:
+            said = os.pread(_LOG, _LOG_TAIL_BYTES, start)
+            if _OUT_OF_MEMORY in said:
+                raise NoRoom(name) from error
+            if _HUNG_UP in said:
+                # Perhaps it has refused, and was gone before we heard so: then there is no name.
+                self.connect()
+                if not self.exists(name):
+                    raise NoRoom(name) from error
+            raise
+
+    def _do(self, call: Any, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:  # the library raises nothing finer
+            raise Lost(str(error)) from error
+
+
+class RdmaLink(TcpLink):
+    """Payloads go by RDMA, straight between the server and mapped memory; heads over TCP."""
+
+    _TYPE = "TYPE_RDMA"
+
+    def __init__(self, api: Any, settings: dict[str, Any]) -> None:
+        super().__init__(api, settings)
+        self._loop = asyncio.new_event_loop()
+        self._shared: list[Mapped] = []
+
+    def connect(self) -> None:
+        super().connect()
+        for mapped in self._shared:
+            self._do(self._connection.register_mr, mapped.address, len(mapped.array))
+
+    def share(self, mapped: Mapped) -> None:
+        """Register ``mapped`` with the device."""
+        self._shared.append(mapped)
+        self._do(self._connection.register_mr, mapped.address, len(mapped.array))
+
+    def unshare(self, mapped: Mapped) -> None:
+        """Connect anew without ``mapped``: the library can't take back one registration."""
+        self._shared = [each for each in self._shared if each is not mapped]
+        self.connect()
+
+    def write_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> None:
+        write = self._connection.rdma_write_cache_async
+        try:
+            self._loop.run_until_complete(write([(name, offset)], nbytes, mapped.address))
+        except Exception as error:
+            if str(error).endswith("507"):
+                raise NoRoom(name) from error
+            raise Lost(str(error)) from error
+
+    def read_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> int | None:
+        read = self._connection.rdma_read_cache_async
+        try:
+            self._loop.run_until_complete(read([(name, offset)], nbytes, mapped.address))
+        except self._api.InfiniStoreKeyNotFound:
+            return None
+        except Exception as error:
+            raise Lost(str(error)) from error
+        return xxhash.xxh3_64_intdigest(mapped.array[offset : offset + nbytes].data)
+
+
+class _Acks:
+    """Acknowledges at once what arrives while it is entered.
+
+    The server sends the size of a value, waits for the acknowledgement, then sends the last
+    short piece: the kernel would delay that acknowledgement by 40 ms.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = threading.Semaphore(0)
+        self._on = False
+        self._socket: socket.socket | None = None
+        threading.Thread(target=self._run, name="acks", daemon=True).start()
+
+    def of(self, sock: socket.socket) -> None:
+        """Do it for ``sock`` from now on."""
+        self._socket = sock
+
+    def __enter__(self) -> None:
+        self._on = True
+        self._wanted.release()
+
+    def __exit__(self, *error: object) -> None:
+        self._on = False
+
+    def _run(self) -> None:
+        # Else the kernel rounds each short sleep up by 50 us.
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)
+        while self._wanted.acquire():
+            turns = 0
+            while self._on and self._socket is not None:
+                try:
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                except OSError:
+                    break
+                turns += 1
+                time.sleep(_ACK_EVERY_S if turns < _ACK_EAGER_TURNS else _ACK_LATER_EVERY_S)
+
+
+def _socket_to(host: str, port: int) -> socket.socket:
+    """A descriptor of our own for the library's connection, which it does not show."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue  # no socket, or the directory's own descriptor
+        try:
+            if found.getpeername()[:2] == (host, port):
+                return found
+        except OSError:
+            pass  # not connected
+        found.close()
+    raise Lost("the connection broke off at once")

@@ -1,0 +1,152 @@
+"""The parts that need no server: layout, messages, leftovers, the RDMA link over a fake client."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache_backend_infinistore import link, wire
+from lmcache_backend_infinistore.layout import HEAD_BYTES, Head, head_name, new_version
+from lmcache_backend_infinistore.leftovers import Leftovers
+from lmcache_backend_infinistore.link import Lost, Mapped, NoRoom, RdmaLink
+from lmcache_backend_infinistore.wire import Code, Entry, Item, Op, Phase
+from lmcache_conformance.rig import Count
+
+KEYS = st.binary(min_size=1, max_size=64)
+COUNTS = st.integers(0, 2**64 - 1)
+
+
+@given(KEYS, st.binary(min_size=12, max_size=12), COUNTS, COUNTS)
+def test_a_head_is_read_as_it_was_written(key: bytes, version: bytes, n: int, check: int) -> None:
+    head = Head(version, n, check)
+    data = head.encode(key)
+    assert len(data) == HEAD_BYTES and Head.decode(key, data) == head
+    assert Head.decode(key + b"x", data) is None, "another key's"
+    for at in range(len(data)):
+        assert Head.decode(key, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]) is None
+    assert Head.decode(key, data[:-1]) is None and Head.decode(key, b"") is None
+
+
+@given(st.lists(st.builds(Item, KEYS, st.integers(0, 2**32 - 1), COUNTS, COUNTS), max_size=64))
+def test_a_request_is_read_as_it_was_written(items: list[Item]) -> None:
+    message = wire.request(Op.PUT, items)
+    assert message[0] == Op.PUT and wire.items_of(memoryview(message)) == items
+    assert len(message) <= wire.MAX_MESSAGE_BYTES
+
+
+def test_the_largest_request_and_the_board_have_room() -> None:
+    longest = Item(f"{head_name(bytes(64))}:{new_version().hex()}".encode())
+    assert len(wire.request(Op.SWEEP, [longest] * wire.MAX_ITEMS)) <= wire.MAX_MESSAGE_BYTES
+    board = memoryview(bytearray(wire.BOARD_BYTES))
+    entry = Entry(Code.CORRUPT, Phase.HEAD, 2**63, b"v" * 12)
+    wire.note(board, wire.MAX_ITEMS - 1, entry)
+    assert wire.read_board(board, wire.MAX_ITEMS)[-1] == entry
+    assert wire.read_board(board, 1) == [Entry()]
+
+
+def test_leftovers_are_bounded_due_in_time_and_swept_by_one() -> None:
+    now, counts = [0.0], {"leftovers_forgotten": Count(), "leftovers_swept": Count()}
+    left = Leftovers(grace_s=5, clock=lambda: now[0], counter=counts.__getitem__)
+    for number in range(4100):
+        left.later(f"p{number}")
+        left.sweep(f"b{number}")
+    assert counts["leftovers_forgotten"].value == 8
+    assert left.due() == []
+    now[0] = 5.0
+    assert [item.key for item in left.due()] == [b"p%d" % i for i in range(4, 68)]
+    with pytest.raises(ConnectionError), left.to_sweep(1) as items:
+        assert len(items) == wire.MAX_ITEMS
+        raise ConnectionError
+    with left.to_sweep(1) as again:
+        assert again == items, "a sweep that failed is done again"
+        errors: list[Exception] = []
+
+        def other() -> None:
+            try:
+                with left.to_sweep(0.05):
+                    pass
+            except TimeoutError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert len(errors) == 1
+    with left.to_sweep(1) as others:
+        assert not {item.key for item in others} & {item.key for item in items}
+
+
+class FakeRdma:
+    """As far as the library's Python side tells what RDMA does."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, bytes] = {}
+        self.registered: list[tuple[int, int]] = []
+        self.memory: dict[int, np.ndarray[Any, Any]] = {}
+        self.error: Exception | None = None
+
+    def connect(self) -> None:
+        self.registered = []
+
+    def close(self) -> None:
+        pass
+
+    def register_mr(self, address: int, nbytes: int) -> None:
+        self.registered.append((address, nbytes))
+
+    async def rdma_write_cache_async(self, blocks: Any, nbytes: int, base: int) -> None:
+        if self.error:
+            raise self.error
+        ((name, offset),) = blocks
+        self.stored[name] = self.memory[base][offset : offset + nbytes].tobytes()
+
+    async def rdma_read_cache_async(self, blocks: Any, nbytes: int, base: int) -> None:
+        ((name, offset),) = blocks
+        if name not in self.stored:
+            raise KeyError(name)
+        data = np.frombuffer(self.stored[name][:nbytes], np.uint8)
+        self.memory[base][offset : offset + len(data)] = data
+
+
+def test_rdma_moves_payloads_between_registered_memory_and_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a fake of the client: no RDMA device has run this."""
+    fake = FakeRdma()
+    sock = SimpleNamespace(setsockopt=lambda *a: None, close=lambda: None)
+    monkeypatch.setattr(link, "_socket_to", lambda host, port: sock)
+    api = SimpleNamespace(
+        TYPE_RDMA="RDMA", ClientConfig=lambda **given: given, InfiniStoreKeyNotFound=KeyError,
+        InfinityConnection=lambda config: fake,
+    )  # fmt: skip
+    settings = {"host": "h", "port": 1, "rdma_device": "d", "link_type": "IB", "ib_port": 1}
+    rdma = RdmaLink(api, settings)
+    rdma.connect()
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, 8192)
+    mapped = Mapped.of(fd, 8192)
+    os.close(fd)
+    fake.memory[mapped.address] = mapped.array
+    rdma.share(mapped)
+    assert fake.registered == [(mapped.address, 8192)]
+    rdma.connect()
+    assert fake.registered == [(mapped.address, 8192)], "again, for the new connection"
+    mapped.array[100:200] = 7
+    rdma.write_payload("p", mapped, 100, 100)
+    assert rdma.read_payload("p", mapped, 4096, 100) == xxhash.xxh3_64_intdigest(b"\7" * 100)
+    assert (mapped.array[4096:4196] == 7).all()
+    assert rdma.read_payload("none", mapped, 0, 100) is None
+    for text, kind in (("ret = 507", NoRoom), ("ret = 503", Lost)):
+        fake.error = RuntimeError(text)
+        with pytest.raises(kind):
+            rdma.write_payload("q", mapped, 0, 100)
+    rdma.unshare(mapped)
+    assert fake.registered == []

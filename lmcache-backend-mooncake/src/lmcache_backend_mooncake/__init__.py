@@ -1,0 +1,1 @@
+"""Mooncake Store behind `lmcache_core.sdk`: ``mooncake://``."""

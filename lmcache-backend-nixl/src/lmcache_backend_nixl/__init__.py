@@ -1,0 +1,1 @@
+"""NVIDIA NIXL as a backend of lmcache-core; see `plugin`."""
