@@ -37,10 +37,16 @@ from lmcache_core.url import redact, split_options
 
 CORE = "lmcache-core"
 PROBE_LIMIT_S = 2.0
-_KNOWN = {
-    "redis": "redis", "rediss": "redis", "mooncake": "mooncake", "infinistore": "infinistore",
-    "gds": "gds", "nixl+posix": "nixl", "nixl+obj": "nixl",
-}  # fmt: skip
+KNOWN = {
+    **dict.fromkeys(("redis", "rediss", "unix"), "lmcache-backend-redis"),
+    **dict.fromkeys(("redis+cluster", "redis+sentinel"), "lmcache-backend-redis"),
+    "mooncake": "lmcache-backend-mooncake[cpu]",
+    "infinistore": "lmcache-backend-infinistore[client]",
+    "gds": "lmcache-backend-gds",
+    "nixl+posix": "lmcache-backend-nixl[cu12]",
+    "nixl+obj": "lmcache-backend-nixl[obj]",
+}
+"""Scheme -> what to install for it, of the backends that this project keeps."""
 _HOOKS = ("lmcache_backend_info", "lmcache_probe", "lmcache_open_connector")
 
 EntryPoints = Callable[[], Iterable[metadata.EntryPoint]]
@@ -156,6 +162,13 @@ def open_connector(
     return opened
 
 
+def install_line(scheme: str) -> str:
+    """The command that installs a backend of `KNOWN`."""
+    requirement = KNOWN[scheme]
+    # Shells take brackets for patterns.
+    return f"pip install '{requirement}'" if "[" in requirement else f"pip install {requirement}"
+
+
 def probe(url: str) -> Probe:
     """Ask the backend of ``url``, in a child process that is killed after 2 s."""
     code = (
@@ -200,10 +213,10 @@ def _unknown(scheme: str, known: list[str]) -> ConfigError:
     other = _other_major(scheme)
     if other is not None:
         hint = f'its entry point is for another contract; pip install -U "{CORE}" "{other}"'
-    elif scheme in _KNOWN:
-        hint = f"pip install lmcache-backend-{_KNOWN[scheme]}"
+    elif scheme in KNOWN:
+        hint = install_line(scheme)
     else:
-        near = difflib.get_close_matches(scheme, [*known, *_KNOWN], 1)
+        near = difflib.get_close_matches(scheme, [*known, *KNOWN], 1)
         hint = f"did you mean {near[0]}://?" if near else f"installed are {', '.join(known)}"
     return ConfigError(f"no backend serves {scheme}://", op="open", hint=hint)
 

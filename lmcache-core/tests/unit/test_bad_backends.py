@@ -126,8 +126,8 @@ def test_a_good_backend_opens_and_nothing_is_loaded_to_find_it(
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("mooncake://localhost", "pip install lmcache-backend-mooncake"),
-        ("nixl+posix:///x", "pip install lmcache-backend-nixl"),
+        ("mooncake://localhost", "pip install 'lmcache-backend-mooncake[cpu]'"),
+        ("nixl+posix:///x", "pip install 'lmcache-backend-nixl[cu12]'"),
         ("fil:///x", "file://"),
         ("no-colon", "scheme"),
     ],

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lmcache_core.cli.backends import backend_rows
 from lmcache_core.cli.config import key_rows, key_table, setting_rows, settings_from
@@ -36,7 +37,7 @@ def backends(as_json: Json = False) -> None:
     Exits with 1 when one is broken.
     """
     rows = backend_rows()
-    columns = ["scheme", "package", "version", "usable", "capabilities", "reason"]
+    columns = ["scheme", "package", "version", "usable", "capabilities", "reason", "hint"]
     _show(rows, columns, as_json)
     raise typer.Exit(int(any(row["broken"] for row in rows)))
 
@@ -48,7 +49,8 @@ def doctor(
     ] = Path("/tmp"),
     as_json: Json = False,
 ) -> None:
-    """Check this machine: Python, vLLM, memory limits, huge pages, disk, backends.
+    """Check this machine: Python, vLLM, memory limits, huge pages, disk, and every backend: what
+    it lacks, and the command that installs it.
 
     Exits with 1 when a check fails; a warning does not.
     """
@@ -122,9 +124,12 @@ def _show(rows: Sequence[dict[str, Any]], columns: Sequence[str], as_json: bool)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    table = Table(*columns)
+    table = Table()
+    for column in columns:
+        # Folded, not cut: commands are there to be copied.
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(_text(row[column]) for column in columns))
+        table.add_row(*(Text(_text(row[column])) for column in columns))
     Console().print(table)
 
 

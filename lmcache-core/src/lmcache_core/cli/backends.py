@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lmcache_core import plugins
 from lmcache_core.sdk import Capabilities, ConfigError
+
+_PROBES_AT_ONCE = 4
 
 
 def backend_rows() -> list[dict[str, Any]]:
@@ -15,7 +18,24 @@ def backend_rows() -> list[dict[str, Any]]:
     Raises:
         ConfigError: two packages claim one scheme.
     """
-    return [_row(ref) for ref in plugins.installed().values()]
+    refs = plugins.installed().values()
+    # Each probe is a process of its own.
+    with ThreadPoolExecutor(_PROBES_AT_ONCE) as pool:
+        return list(pool.map(_row, refs))
+
+
+def missing_rows() -> list[dict[str, str]]:
+    """Schemes and install command of each backend of this project that is not installed.
+
+    Raises:
+        ConfigError: two packages claim one scheme.
+    """
+    installed = plugins.installed()
+    schemes: dict[str, list[str]] = {}
+    for scheme in plugins.KNOWN:
+        if scheme not in installed:
+            schemes.setdefault(plugins.install_line(scheme), []).append(f"{scheme}://")
+    return [{"schemes": ", ".join(own), "install": line} for line, own in schemes.items()]
 
 
 def _row(ref: plugins.BackendRef) -> dict[str, Any]:
@@ -30,9 +50,8 @@ def _row(ref: plugins.BackendRef) -> dict[str, Any]:
     try:
         backend = plugins.load(ref.scheme)
     except ConfigError as error:
-        return {**row, "broken": True, "reason": str(error)}
+        return {**row, "broken": True, "reason": error.message, "hint": error.hint}
     probe = plugins.probe(f"{ref.scheme}:///")
-    reason = probe.reason + (f" ({probe.hint})" if probe.hint else "")
     declared = backend.info.capabilities
     return {
         **row,
@@ -40,7 +59,8 @@ def _row(ref: plugins.BackendRef) -> dict[str, Any]:
         "capabilities": _claims(declared) if declared else [],
         "url": backend.info.url_help,
         "options": [option.name for option in backend.info.options],
-        "reason": reason,
+        "reason": probe.reason,
+        "hint": probe.hint,
     }
 
 

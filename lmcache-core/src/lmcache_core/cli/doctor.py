@@ -1,4 +1,4 @@
-"""Rows of ``lmc doctor``: one check each, ok, warn or fail, with a hint."""
+"""Rows of ``lmc doctor``: one check each, ok, warn, fail or absent, with a hint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lmcache_core.cli.backends import backend_rows
+from lmcache_core.cli.backends import backend_rows, missing_rows
 from lmcache_core.sdk import ConfigError
 
 Row = dict[str, Any]
@@ -28,9 +28,8 @@ def examine(directory: Path) -> list[Row]:
         _locked_memory,
         _huge_pages,
         lambda: _disk(directory),
-        _backends,
     ]
-    return [check() for check in checks]
+    return [*(check() for check in checks), *_backends()]
 
 
 def _row(check: str, state: str, found: str, hint: str = "") -> Row:
@@ -97,12 +96,20 @@ def _disk(directory: Path) -> Row:
     return _row("disk", state, f"{free:.0f} GiB free in {directory}", "" if free >= 10 else "small")
 
 
-def _backends() -> Row:
+def _backends() -> list[Row]:
+    """One row a scheme: those that are installed, then those of this project that are not."""
     try:
-        rows = backend_rows()
+        rows, missing = backend_rows(), missing_rows()
     except ConfigError as error:
-        return _row("backends", "fail", str(error), error.hint)
-    broken = [row["scheme"] for row in rows if row["broken"]]
-    found = ", ".join(row["scheme"] for row in rows)
-    hint = f"broken: {', '.join(broken)}; see lmc backends" if broken else ""
-    return _row("backends", "fail" if broken else "ok", found, hint)
+        return [_row("backends", "fail", error.message, error.hint)]
+    found = [
+        _row(
+            f"{row['scheme']}://",
+            "fail" if row["broken"] else "ok" if row["usable"] else "warn",
+            row["reason"],
+            row["hint"],
+        )
+        for row in rows
+    ]
+    absent = [_row(row["schemes"], "absent", "not installed", row["install"]) for row in missing]
+    return found + absent
