@@ -14,11 +14,19 @@ sys.path.insert(0, str(ROOT / "tools"))
 nox.options.sessions = ["lint", "types", "imports", "unit"]
 nox.options.default_venv_backend = "venv"
 PYTHON = "3.11"
-PACKAGES = ("lmcache-core", "conformance", "lmcache-backend-redis")
+PACKAGES = (
+    "lmcache-core", "conformance", "lmcache-backend-redis", "lmcache-backend-mooncake",
+    "lmcache-backend-infinistore", "lmcache-backend-gds", "lmcache-backend-nixl",
+)  # fmt: skip
+TESTED_HERE = PACKAGES[:3]
+"""The others' tests need their real library: session `stores`."""
+STORES = ["redis", "mooncake", "infinistore", "gds", "nixl"]
 
 
-def install_local(session: nox.Session, *tools: str) -> None:
-    local = [arg for package in PACKAGES for arg in ("-e", str(ROOT / package))]
+def install_local(
+    session: nox.Session, *tools: str, packages: tuple[str, ...] = TESTED_HERE
+) -> None:
+    local = [arg for package in packages for arg in ("-e", str(ROOT / package))]
     session.install("-q", *local, *tools, "-c", str(ROOT / "constraints.txt"))
 
 
@@ -33,7 +41,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def types(session: nox.Session) -> None:
     """mypy --strict on every src."""
-    install_local(session, "mypy", "types-PyYAML", "prometheus-client")
+    install_local(session, "mypy", "types-PyYAML", "prometheus-client", packages=PACKAGES)
     session.run("mypy", *(f"{package}/src" for package in PACKAGES))
     session.run("mypy", *(f"{source}/src" for source, _, _ in STRANGERS))
 
@@ -41,7 +49,7 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def imports(session: nox.Session) -> None:
     """import-linter: imports go down."""
-    install_local(session, "import-linter")
+    install_local(session, "import-linter", packages=PACKAGES)
     session.run("lint-imports", "--config", "pyproject.toml")
 
 
@@ -81,32 +89,53 @@ def wheels(session: nox.Session) -> None:
 
 
 JUDGED = {
-    "memory": ((), ("core", "resilient")),
-    "file": ((), ("core", "resilient", "durable")),
-    "file-synced": ((), ("core", "resilient", "durable")),
-    "redis": (("lmcache-backend-redis",), ("core", "resilient", "durable")),
-    "redis-unix": (("lmcache-backend-redis",), ("core",)),
+    "memory": ("core", ("core", "resilient")),
+    "file": ("core", ("core", "resilient", "durable")),
+    "file-synced": ("core", ("core", "resilient", "durable")),
+    "redis": ("redis", ("core", "resilient", "durable")),
+    "redis-unix": ("redis", ("core",)),
+    "redis-cluster": ("redis", ("core", "durable")),
+    "redis-sentinel": ("redis", ("core", "durable")),
+    "mooncake": ("mooncake", ("core", "resilient", "durable", "direct")),
+    "infinistore": ("infinistore", ("core", "resilient", "durable", "direct")),
+    "gds": ("gds", ("core", "resilient", "durable", "direct")),
+    "gds-direct": ("gds", ("core", "resilient", "durable", "direct")),
+    "gds-kvikio": ("gds", ("core", "resilient", "durable")),
+    "nixl": ("nixl", ("core", "resilient", "durable", "direct")),
+    "nixl-obj": ("nixl", ("core", "durable", "direct")),
 }
-"""Backend -> the packages it comes from, and the profiles that it must pass."""
+"""Backend -> the environment of tools/store_env.py, and the profiles that it must pass."""
 
 
-@nox.session(python=PYTHON)
+@nox.session(python=False)
 @nox.parametrize("backend", list(JUDGED))
 def conformance(session: nox.Session, backend: str) -> None:
     """Judge a backend from its wheel; `-- --full` for the long plan.  Writes build/certificates."""
-    packages, profiles = JUDGED[backend]
-    found = build_wheels(session, "lmcache-core", "conformance", *packages)
-    session.run("pip", "install", "-q", "--force-reinstall", "--no-deps", *map(str, found.values()))
-    session.install("-q", *map(str, found.values()))
-    judge(session, backend, *profiles)
+    from store_env import install
+
+    store, profiles = JUDGED[backend]
+    judge(session, backend, *profiles, programs=install(store).parent)
 
 
-def judge(session: nox.Session, backend: str, *profiles: str) -> None:
-    report = ROOT / "build" / "certificates"
+@nox.session(python=False)
+@nox.parametrize("store", STORES[1:])
+def stores(session: nox.Session, store: str) -> None:
+    """A package's own tests, from its wheel, on the real library."""
+    from store_env import install
+
+    python = str(install(store))
+    tests = f"lmcache-backend-{store}/tests"
+    options = ("-m", "not conformance", "-p", "no:cacheprovider", *session.posargs)
+    session.run(python, "-m", "pytest", tests, *options, external=True)
+
+
+def judge(session: nox.Session, backend: str, *profiles: str, programs: Path) -> None:
+    """Run the suite that lies in ``programs``, and verify the certificate."""
+    program, report = str(programs / "lmcache-conformance"), ROOT / "build" / "certificates"
     required = [word for profile in profiles for word in ("--require", profile)]
-    run = ("lmcache-conformance", "run", backend, "--report", str(report), *required)
-    session.run(*run, *session.posargs)
-    session.run("lmcache-conformance", "verify", str(report / f"{backend}.json"))
+    run = (program, "run", backend, "--report", str(report), *required)
+    session.run(*run, *session.posargs, external=True)
+    session.run(program, "verify", str(report / f"{backend}.json"), external=True)
 
 
 @nox.session(python=PYTHON)
@@ -120,10 +149,10 @@ def third_party(session: nox.Session) -> None:
     session.install("-q", *ours)
     session.run("lmcache-conformance", "new", "mystore", str(new))
     session.install("-q", str(new))
-    judge(session, "mystore", "core")
+    judge(session, "mystore", "core", programs=Path(session.bin))
     for source, backend, profiles in STRANGERS:
         session.install("-q", "--force-reinstall", "--no-deps", str(found[source]))
-        judge(session, backend, *profiles)
+        judge(session, backend, *profiles, programs=Path(session.bin))
         session.run("pip", "uninstall", "-q", "-y", f"lmcache-backend-{backend}")
 
 
@@ -181,9 +210,10 @@ def vllm(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def demo(session: nox.Session) -> None:
-    """`make demo TINY=1`, with the disk and with Redis below host."""
+    """`make demo TINY=1`, with the disk and with each store below host."""
     session.run("make", "demo", "TINY=1", external=True)
-    session.run("make", "demo", "TINY=1", "BACKEND=redis", external=True)
+    for store in STORES:
+        session.run("make", "demo", "TINY=1", f"BACKEND={store}", external=True)
 
 
 @nox.session(python=False)

@@ -1,20 +1,27 @@
 """`make demo`: environment, model, then `python -m lmcache_core.demo` in that environment.
 
-With a backend, a throw-away server of it runs beside the demo.
+With a backend, a throw-away server of it runs beside the demo, or it gets an empty directory.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
-from system import need
-from vllm_env import BUILD, ROOT, WHEELS, fail, install, run
+from vllm_env import BUILD, ROOT, WHEELS, fail, install, install_store, run
+
+SERVED = ("redis", "mooncake", "infinistore")
+IN_FILES = {"gds": "gds", "nixl": "nixl+posix"}
+"""Backend -> scheme."""
 
 
 def main() -> None:
     tiny = "--tiny" in sys.argv
-    need("redis-server" if "--backend=redis" in sys.argv else None)
+    backend = next((a.partition("=")[2] for a in sys.argv if a.startswith("--backend=")), "file")
+    known = ("file", *SERVED, *IN_FILES)
+    if backend not in known:
+        fail(f"no demo of {backend!r}", f"BACKEND is one of {', '.join(known)}")
     os.chdir(ROOT)
     python = str(install())
     name = "tiny-llama" if tiny else "SmolLM2-135M-Instruct"
@@ -25,12 +32,15 @@ def main() -> None:
     if "--model-only" in sys.argv:
         return
     command = [python, "-m", "lmcache_core.demo", "--model", str(model), "--build", str(BUILD)]
-    backend = next((a.partition("=")[2] for a in sys.argv if a.startswith("--backend=")), "file")
-    if backend == "redis":
-        server = [python, "-m", "lmcache_backend_redis.server"]
-        command = [*server, *command, "--backend", "redis", "--url", "{url}"]
-    elif backend != "file":
-        fail(f"no demo of {backend!r}", "BACKEND is file or redis")
+    if backend != "file":
+        install_store(backend)
+        command += ["--backend", backend, "--url"]
+    if backend in SERVED:
+        command = [python, "-m", f"lmcache_backend_{backend}.server", *command, "{url}"]
+    elif backend in IN_FILES:
+        store = BUILD / f"demo-store-{backend}"
+        shutil.rmtree(store, ignore_errors=True)
+        command += [f"{IN_FILES[backend]}://{store}"]
     os.execv(python, command)
 
 

@@ -6,14 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAMS = {"gcc": "gcc", "make": "make", "redis-server": "redis-server"}
+LIBRARIES = {"libnuma.so.1": "libnuma1", "libibverbs.so.1": "libibverbs1"}
 
 
-def need(*programs: str | None, packages: tuple[str, ...] = ()) -> None:
-    """Have ``programs`` (names of `PROGRAMS`) and ``packages``, or exit and say the fix."""
-    missing = [PROGRAMS[p] for p in programs if p is not None and shutil.which(p) is None]
-    missing += packages
+def need(*programs: str, libraries: tuple[str, ...] = ()) -> None:
+    """Have ``programs`` and ``libraries``, of the tables above, or exit with the fix."""
+    missing = [PROGRAMS[program] for program in programs if shutil.which(program) is None]
+    missing += [LIBRARIES[library] for library in libraries if not _found(library)]
     if not missing:
         return
     if os.geteuid() == 0 and shutil.which("apt-get"):
@@ -25,3 +27,7 @@ def need(*programs: str | None, packages: tuple[str, ...] = ()) -> None:
         subprocess.run(install, check=True, env=environment, **quiet)
         return
     sys.exit(f"error: missing {', '.join(missing)}\nhint: apt-get install {' '.join(missing)}")
+
+
+def _found(library: str) -> bool:
+    return any(next(Path("/usr").glob(f"{where}/{library}"), None) for where in ("lib*", "lib*/*"))

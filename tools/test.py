@@ -15,15 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / "build" / "venv-nox"
 # fmt: off
 SESSIONS = (
-    "lint", "types", "imports", "api", "unit", "wheels", "conformance", "third_party", "mutants",
-    "vllm", "demo",
+    "lint", "types", "imports", "api", "unit", "wheels", "stores", "conformance", "third_party",
+    "mutants", "vllm", "demo",
 )
 # fmt: on
 
 
 def system_packages() -> None:
-    numa = any(Path("/usr").glob("lib*/**/libnuma.so.1"))
-    need("gcc", "make", "redis-server", packages=() if numa else ("libnuma1",))
+    need("gcc", "make", "redis-server", libraries=("libnuma.so.1",))
 
 
 def main() -> int:

@@ -17,6 +17,9 @@ import time
 import zipfile
 from pathlib import Path
 
+from store_env import STORES
+from system import need
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 VENV = BUILD / "venv-vllm"
@@ -81,6 +84,26 @@ def install() -> Path:
     run("lmcache-core", [*pip, "install", *constraints, *local, *TOOLS], net)
     mark.write_text(stamp())
     return PYTHON
+
+
+def install_store(name: str) -> None:
+    """Add a backend of tools/store_env.py, and its real library, to the environment."""
+    store = STORES[name]
+    need(*store.programs, libraries=store.libraries)
+    if store.package in PACKAGES:
+        return
+    mark = VENV / f"installed-{name}"
+    parts = [ROOT / "tools" / "store_env.py", ROOT / store.package / "pyproject.toml"]
+    wanted = stamp() + hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+    if mark.exists() and mark.read_text() == wanted:
+        return
+    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
+    extras = ",".join(extra for extra in store.extras if extra != "test")
+    source = f"{ROOT / store.package}[{extras}]" if extras else str(ROOT / store.package)
+    run(f"backend {name}", [*pip, "-c", str(ROOT / "constraints.txt"), "-e", source])
+    if store.alone:
+        run(f"library of {name}", [*pip, "--no-deps", *store.alone])
+    mark.write_text(wanted)
 
 
 def requirements(wheel: Path) -> list[str]:
