@@ -224,6 +224,11 @@ def bench(session: nox.Session) -> None:
     env = {"OMP_NUM_THREADS": "1"}
     session.run(python, "benchmarks/core.py", *out, env=env, external=True)
     session.run(python, "benchmarks/stores.py", *out, env=env, external=True)
+    from store_env import install
+
+    for store in STORES[1:]:
+        figures = (str(install(store)), f"benchmarks/backend_{store}.py", *out)
+        session.run(*figures, env=env, external=True)
     for tiny in ((), ("--tiny",)):
         session.run("python3.11", "tools/demo.py", "--model-only", *tiny, external=True)
     tiny_model = "build/models/tiny-llama"
