@@ -76,11 +76,12 @@ def times_of(base: Path, nbytes: int, count: int, rounds: int) -> dict[str, dict
     """Seconds of put and get in each round, on files and threads of their own."""
     room = Path(tempfile.mkdtemp(dir=base))
     url = f"nixl+posix://{room}/ours"
-    memory = Memory([nbytes] * count)
+    memory = Memory([nbytes] * count, region_id=1)
+    assert memory.region is not None
     memory.array[:] = np.random.default_rng(0).integers(0, 255, len(memory.array), np.uint8)
     before = memory.array.copy()
     sources, targets = memory.buffers(read_only=True), memory.buffers()
-    ours = plugins.open_connector(url, Host(room).services, entry_points_of(url, ""))
+    ours = plugins.open_connector(url, Host(room, [memory.region]).services, entry_points_of(url, ""))
     bare = Bare(room / "bare", memory)
     peer, reader = FileConnector(f"{room}/file"), FileConnector(f"{room}/ours")
     names = [f"{i:03d}" for i in range(count)]

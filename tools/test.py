@@ -48,6 +48,8 @@ def main() -> int:
     print("\n=== summary")
     for session, state, seconds in rows:
         print(f"{session:10} {state:12} {seconds:6.0f} s")
+    print("Conformance ran the quick plan; nox -s conformance -- --full runs the long one.")
+    print("Not run here: RDMA, GPUDirect Storage, an S3 service that is not moto (no hardware).")
     print("Not run here: CUDA copies and cudaHostRegister on hardware (no accelerator).")
     return int(any(state != "ok" for _, state, _ in rows))
 

@@ -249,6 +249,18 @@ def test_without_the_plugin_the_error_says_what_to_do(tmp_path: Path) -> None:
     assert "pip install -U 'lmcache-backend-nixl[cu12]'" in done.stdout
 
 
+@pytest.mark.parametrize("scheme, name", [("nixl+posix", "POSIX"), ("nixl+obj", "OBJ")])
+def test_without_the_plugin_the_probe_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scheme: str, name: str
+) -> None:
+    url = f"{scheme}://{tmp_path}/kv"
+    assert plugin.lmcache_probe(url, dict(plugin._DEFAULTS)).usable
+    monkeypatch.setenv("NIXL_PLUGIN_DIR", str(tmp_path))
+    probe = plugin.lmcache_probe(url, dict(plugin._DEFAULTS))
+    assert not probe.usable and probe.reason == f"libplugin_{name}.so is not in {tmp_path}"
+    assert "pip install 'lmcache-backend-nixl[" in probe.hint and "NIXL_PLUGIN_DIR" in probe.hint
+
+
 def test_without_nixl_probe_and_open_name_the_line_to_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: Host
 ) -> None:

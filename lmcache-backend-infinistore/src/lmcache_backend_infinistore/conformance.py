@@ -129,6 +129,9 @@ class InfinistoreHarness(TcpHarness):
         name, content = self._payload(key)
         self.raw.write(name, content[:-5])
 
+    def lose(self, key: bytes) -> None:
+        self.raw.delete(self._payload(key)[0])
+
     def raw_get(self, key: bytes) -> bytes | None:
         return self._payload(key)[1] if self.raw.exists(head_name(key)) else None
 

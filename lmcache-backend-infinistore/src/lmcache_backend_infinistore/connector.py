@@ -20,7 +20,7 @@ from lmcache_backend_infinistore.supervisor import Helper, HelperLost, Settings
 from lmcache_backend_infinistore.wire import Code, Entry, Item, Op, Phase
 from lmcache_core.sdk import (
     BackendUnavailable,
-    BatchLoop,
+    BaseConnector,
     Buffer,
     Capabilities,
     ConfigError,
@@ -60,7 +60,7 @@ class Work:
     result: GetResult | None = None
 
 
-class InfinistoreConnector(BatchLoop):
+class InfinistoreConnector(BaseConnector):
     """Thread-safe up to ``helpers`` calls.
 
     Args:
@@ -155,22 +155,6 @@ class InfinistoreConnector(BatchLoop):
         self._run(Op.EXISTS, [work], ctx.deadline_s)
         ok = work.result is not None
         return Health(ok=ok, reason="" if ok else "no answer before the deadline")
-
-    def exists_one(self, key: bytes, timeout_s: float) -> bool:
-        """See `exists`; helpers answer whole batches."""
-        raise NotImplementedError("exists answers the whole batch")
-
-    def get_one(self, key: bytes, target: memoryview, timeout_s: float) -> int | None:
-        """See `get_into`."""
-        raise NotImplementedError("get_into answers the whole batch")
-
-    def put_one(self, key: bytes, source: memoryview, timeout_s: float) -> None:
-        """See `put_from`."""
-        raise NotImplementedError("put_from answers the whole batch")
-
-    def delete_one(self, key: bytes, timeout_s: float) -> None:
-        """See `delete`."""
-        raise NotImplementedError("delete answers the whole batch")
 
     def close_resources(self) -> None:
         self._pool.close()

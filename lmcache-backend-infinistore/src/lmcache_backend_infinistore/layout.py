@@ -19,7 +19,7 @@ _HEAD = struct.Struct("<4s12sQQ16s")
 _MAGIC = b"LMI1"
 HEAD_BYTES = _HEAD.size + 8
 GONE = b"\0"
-"""What a name holds for a moment before it is deleted; see `Repairs`."""
+"""What a name holds for a moment before it is deleted; see `Leftovers`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from lmcache_core.sdk import (
     CLOSE_LIMIT_S,
     BackendClosed,
     BackendUnavailable,
-    BatchLoop,
+    BaseConnector,
     Buffer,
     Capabilities,
     Durability,
@@ -40,7 +40,7 @@ _UNKNOWN = -1
 """As a code: says nothing about the value."""
 
 
-class MooncakeConnector(BatchLoop):
+class MooncakeConnector(BaseConnector):
     """Thread-safe up to ``max_concurrency`` calls.
 
     Args:
@@ -141,22 +141,6 @@ class MooncakeConnector(BatchLoop):
 
     def close_resources(self) -> None:
         self._supervisor.close(CLOSE_LIMIT_S - 1.0)
-
-    def exists_one(self, key: bytes, timeout_s: float) -> bool:
-        """See `exists`: one round trip answers a whole batch, as for the others."""
-        raise NotImplementedError
-
-    def get_one(self, key: bytes, target: memoryview, timeout_s: float) -> int | None:
-        """See `get_into`."""
-        raise NotImplementedError
-
-    def put_one(self, key: bytes, source: memoryview, timeout_s: float) -> None:
-        """See `put_from`."""
-        raise NotImplementedError
-
-    def delete_one(self, key: bytes, timeout_s: float) -> None:
-        """See `delete`."""
-        raise NotImplementedError
 
     def _plain(self, op: str, keys: Sequence[bytes] | None, ctx: OpContext) -> list[int] | None:
         """Codes of an operation without buffers; None past the deadline."""

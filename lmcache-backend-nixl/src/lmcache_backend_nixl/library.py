@@ -22,7 +22,8 @@ from lmcache_core.sdk import Buffer, ConfigError, MemoryKind, Region
 MODULES = ("nixl_cu12", "nixl_cu13")
 _SPIN_S = 0.002
 _PAUSE_S = 0.0002
-_KINDS = {MemoryKind.HOST: "DRAM", MemoryKind.PINNED: "DRAM", MemoryKind.DEVICE: "VRAM"}
+_MEMORY = "DRAM"
+"""What the storage plugins take."""
 _ONE_TRY = {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "1"}
 _environment = threading.Lock()
 _numbers = itertools.count()
@@ -37,7 +38,7 @@ class Piece:
     """One stretch of memory and its counterpart.
 
     Attributes:
-        address, nbytes, kind: of the memory.
+        address, nbytes: of the memory.
         device: file descriptor or object number.
         offset: of the counterpart.
         name: of an object; "" for a file.
@@ -45,7 +46,6 @@ class Piece:
 
     address: int
     nbytes: int
-    kind: MemoryKind
     device: int
     offset: int = 0
     name: str = ""
@@ -53,7 +53,7 @@ class Piece:
     @classmethod
     def of(cls, buffer: Buffer, nbytes: int, device: int) -> Piece:
         """The first ``nbytes`` of ``buffer``, from the start of a file."""
-        return cls(buffer.address, nbytes, buffer.memory, device)
+        return cls(buffer.address, nbytes, device)
 
 
 def load(plugin: str, prefer: str = "auto") -> ModuleType:
@@ -115,9 +115,9 @@ class Agent:
         for number in [n for n, (r, _) in self._regions.items() if wanted.get(n) is not r]:
             self._agent.deregister_memory(self._regions.pop(number)[1])
         for number, region in wanted.items():
-            if number not in self._regions:
+            if number not in self._regions and region.memory is not MemoryKind.DEVICE:
                 row = (region.address, region.nbytes, 0, "")
-                made = self._agent.register_memory([row], mem_type=_KINDS[region.memory])
+                made = self._agent.register_memory([row], mem_type=_MEMORY)
                 self._regions[number] = (region, made)
 
     def move(self, op: str, pieces: Sequence[Piece], clock: Callable[[], float]) -> None:
@@ -129,18 +129,17 @@ class Agent:
         held: list[Any] = []
         handle = None
         try:
-            memory = _KINDS[pieces[0].kind]
             loose = [piece for piece in pieces if not self._in_region(piece)]
             if loose:
                 rows = [(piece.address, piece.nbytes, 0, "") for piece in loose]
-                held.append(self._agent.register_memory(rows, mem_type=memory))
+                held.append(self._agent.register_memory(rows, mem_type=_MEMORY))
             far = [(0, piece.offset + piece.nbytes, piece.device, piece.name) for piece in pieces]
             held.append(self._agent.register_memory(far, mem_type=self._far))
             near_rows = [(piece.address, piece.nbytes, 0) for piece in pieces]
             far_rows = [(piece.offset, piece.nbytes, piece.device) for piece in pieces]
             handle = self._agent.initialize_xfer(
                 op,
-                self._agent.get_xfer_descs(near_rows, mem_type=memory),
+                self._agent.get_xfer_descs(near_rows, mem_type=_MEMORY),
                 self._agent.get_xfer_descs(far_rows, mem_type=self._far),
                 self._agent.name,
             )
@@ -189,11 +188,11 @@ class Agent:
                 self._agent.deregister_memory(each)
 
     def _in_region(self, piece: Piece) -> bool:
-        end = piece.address + piece.nbytes
-        return any(
-            region.address <= piece.address and end <= region.address + region.nbytes
-            for region, _ in self._regions.values()
-        )
+        for region, _ in self._regions.values():
+            offset = piece.address - region.address
+            if 0 <= offset <= region.nbytes - piece.nbytes:
+                return True
+        return False
 
 
 @contextmanager

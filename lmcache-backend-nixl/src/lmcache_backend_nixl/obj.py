@@ -23,7 +23,6 @@ from lmcache_core.sdk import (
     GetResult,
     Health,
     HostServices,
-    MemoryKind,
     OpContext,
     ScanEntry,
     Sharing,
@@ -227,7 +226,7 @@ class ObjConnector(BatchConnector[ObjLane]):
         self._ask_if_suspect()
         pieces = [
             Piece(
-                _address(frame), len(frame), MemoryKind.HOST, number,
+                _address(frame), len(frame), number,
                 name=self._bucket.object_of(key),
             )
             for number, (key, frame) in enumerate(zip(keys, frames))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from importlib import metadata
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 from lmcache_core.sdk import (
@@ -94,16 +97,20 @@ def lmcache_backend_info() -> BackendInfo:
 def lmcache_probe(url: str, options: Mapping[str, Any]) -> Probe:
     """Whether NIXL is installed, and for nixl+posix whether the directory can be written.
 
-    Nothing is loaded: whether the plugin loads is known at open, which says the fix.
+    Nothing is loaded: whether the plugin can be is known at open, which says the fix.
     """
     scheme = url.partition(":")[0]
-    build = next(
-        (name for name in ("nixl_cu12", "nixl_cu13") if importlib.util.find_spec(name)), None
-    )
+    found = [spec for spec in map(importlib.util.find_spec, ("nixl_cu12", "nixl_cu13")) if spec]
     extra = "obj" if scheme == OBJ else "cu12"
     fix = f"pip install 'lmcache-backend-nixl[{extra}]'"
-    if build is None:
+    if not found:
         return Probe(usable=False, reason="NIXL is not installed", hint=fix)
+    build = found[0].name
+    library = f"libplugin_{'OBJ' if scheme == OBJ else 'POSIX'}.so"
+    folder = _plugin_folder(found[0])
+    if folder is not None and not (folder / library).exists():
+        fix = f"{fix}; NIXL_PLUGIN_DIR, where it is set, must hold the plugins of that build"
+        return Probe(usable=False, reason=f"{library} is not in {folder}", hint=fix)
     if scheme == OBJ:
         if build != "nixl_cu12":
             return Probe(usable=False, reason="the S3 plugin is in nixl-cu12 only", hint=fix)
@@ -131,6 +138,17 @@ def lmcache_open_connector(
     scheme = url.partition(":")[0]
     _check(scheme, options)
     return (open_obj if scheme == OBJ else open_posix)(url, options, host)
+
+
+def _plugin_folder(spec: ModuleSpec) -> Path | None:
+    """Where this build of NIXL looks for its plugins; None when that is not known."""
+    given = os.environ.get("NIXL_PLUGIN_DIR")
+    if given:
+        return Path(given)
+    if spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent.parent / f".{spec.name}.mesonpy.libs" / "plugins"
+    return folder if folder.is_dir() else None
 
 
 def _check(scheme: str, options: Mapping[str, Any]) -> None:

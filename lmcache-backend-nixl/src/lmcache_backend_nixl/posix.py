@@ -41,14 +41,14 @@ class _Open:
 
     Attributes:
         index: of its key.
-        publication: ends in publishing the file, or in removing it.
+        publication: ends in publishing the file, or in removing it; None of a file to read.
     """
 
     index: int
     fd: int
     nbytes: int
     path: str
-    publication: ExitStack
+    publication: ExitStack | None = None
 
 
 class PosixConnector(BatchConnector[Agent]):
@@ -128,12 +128,9 @@ class PosixConnector(BatchConnector[Agent]):
                     found.append(answer)
                 else:
                     results[index] = answer
-            for part in _by_kind(found, targets):
-                done = self._move(lane, "READ", part, targets, ctx)
-                for file, status in zip(part, done):
-                    results[file.index] = GetResult(
-                        status, file.nbytes if status is Status.OK else 0
-                    )
+            for file, status in zip(found, self._move(lane, "READ", found, targets, ctx)):
+                nbytes = file.nbytes if status is Status.OK else 0
+                results[file.index] = GetResult(status, nbytes)
         finally:
             for file in found:
                 os.close(file.fd)
@@ -151,10 +148,8 @@ class PosixConnector(BatchConnector[Agent]):
                     made.append(answer)
                 else:
                     results[index] = answer
-            for part in _by_kind(made, sources):
-                done = self._move(lane, "WRITE", part, sources, ctx)
-                for file, status in zip(part, done):
-                    results[file.index] = self._finish(file, status)
+            for file, status in zip(made, self._move(lane, "WRITE", made, sources, ctx)):
+                results[file.index] = self._finish(file, status)
         finally:
             for file in made:
                 # Published already, unless something broke.
@@ -180,7 +175,7 @@ class PosixConnector(BatchConnector[Agent]):
             os.close(fd)
             return GetResult(status_of_oserror(error))
         if 0 < nbytes <= target.nbytes:
-            return _Open(index, fd, nbytes, path, ExitStack())
+            return _Open(index, fd, nbytes, path)
         os.close(fd)
         return GetResult(Status.SIZE_MISMATCH if nbytes else Status.OK, nbytes)
 
@@ -250,7 +245,8 @@ class PosixConnector(BatchConnector[Agent]):
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
-            file.publication.close()
+            if file.publication is not None:
+                file.publication.close()
         except OSError as error:
             _undo(file.publication, error)
             return status_of_oserror(error)
@@ -267,7 +263,7 @@ class PosixConnector(BatchConnector[Agent]):
 
     def _usable(self, buffer: Buffer) -> bool:
         """Host and pinned memory, which the plugin can reach."""
-        return buffer.memory in self.capabilities.memory and self.usable_view(buffer) is not None
+        return buffer.memory is not MemoryKind.DEVICE and self.usable_view(buffer) is not None
 
 
 def capabilities(sync: bool, *, lanes: int, direct: bool) -> Capabilities:
@@ -287,14 +283,10 @@ def capabilities(sync: bool, *, lanes: int, direct: bool) -> Capabilities:
     )
 
 
-def _by_kind(files: Sequence[_Open], buffers: Sequence[Buffer]) -> list[list[_Open]]:
-    """A transfer has memory of one kind."""
-    kinds = dict.fromkeys(buffers[file.index].memory for file in files)
-    return [[f for f in files if buffers[f.index].memory is kind] for kind in kinds]
-
-
-def _undo(publication: ExitStack, error: BaseException) -> None:
+def _undo(publication: ExitStack | None, error: BaseException) -> None:
     """Remove the file instead of publishing it."""
+    if publication is None:
+        return
     try:
         publication.__exit__(type(error), error, error.__traceback__)
     except OSError:
