@@ -92,6 +92,25 @@ def test_a_damaged_value_is_a_miss_counted_and_removed(make: Make, damage: str) 
     until(engine, lambda: keys[0] not in store._values)
 
 
+def test_a_chunk_that_is_computed_anew_waits_until_its_damaged_value_is_deleted(make: Make) -> None:
+    """A put beside that delete could be undone by it."""
+    store = Scripted()
+    engine = make(store, tier=msgspec.structs.replace(TIER, deadline_s=5.0))
+    tokens = stored(engine, 1, 1)
+    (key,) = engine.keys(tokens)
+    store._values[key] = store._values[key][:100]
+    deletes, delete = threading.Event(), store.delete
+    store.delete = lambda keys, ctx: (deletes.wait(5), delete(keys, ctx))[1]  # type: ignore[method-assign]
+    assert engine.retrieve(tokens, Pages(1)) == 0
+    engine.store(tokens, Pages(1))
+    assert sum(width for op, width in store.calls if op == "put") == 1
+    deletes.set()
+    assert engine.flush(5)
+    assert len(store._values[key]) == SLOT_BYTES
+    engine.clear()
+    assert engine.retrieve(tokens, Pages(1)) == len(tokens)
+
+
 def test_a_frozen_store_costs_one_deadline_and_the_next_request_nothing(make: Make) -> None:
     store = Scripted()
     engine, pages = make(store), Pages(1)

@@ -41,6 +41,10 @@ class Quota:
         """Whether deletes are pending."""
         return bool(self._leaving)
 
+    def is_leaving(self, key: bytes) -> bool:
+        """Whether a delete of ``key`` is pending."""
+        return key in self._leaving
+
     def keys_of(self, tag: bytes) -> list[bytes]:
         """Held keys that start with ``tag``."""
         return [key for key in self._sizes if key.startswith(tag)]

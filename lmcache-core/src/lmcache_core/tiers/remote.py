@@ -124,8 +124,9 @@ class RemoteTier:
         self._evict(0)
 
     def holds(self, key: bytes) -> bool:
-        """Whether ``key`` is stored here, leaving, or on its way here, as far as we know."""
-        return key in self._quota or any(put.chunk.key == key for put in self._waiting)
+        """Whether ``key`` is stored here to stay, or on its way here, as far as we know."""
+        stays = key in self._quota and not self._quota.is_leaving(key)
+        return stays or any(put.chunk.key == key for put in self._waiting)
 
     def exists(self, keys: Sequence[bytes], done: Callable[[list[bool], str], None]) -> None:
         """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order, and why the
@@ -227,7 +228,8 @@ class RemoteTier:
         slot is the owner's again.
 
         Where the quota is full the put waits until older chunks are confirmed deleted, so
-        the tier never holds more than ``size_bytes``.
+        the tier never holds more than ``size_bytes``.  Where the chunk itself is being deleted,
+        such as one that was corrupt, it waits for that.
         """
         put = _Put(chunk, envelope.stored_bytes(chunk.payload_bytes), done)
         if not self.available:
@@ -246,8 +248,12 @@ class RemoteTier:
         """Start the queued puts that fit, small chunks several a call; have older chunks deleted
         for the others, which start once that is confirmed."""
         batch: list[_Put] = []
+        held: list[_Put] = []
         while self._waiting:
             put = self._waiting[0]
+            if self._quota.is_leaving(put.chunk.key):
+                held.append(self._waiting.popleft())
+                continue
             if not self._quota.fits(put.nbytes):
                 if self.available and put.nbytes <= self.config.size_bytes:
                     self._evict(sum(waiting.nbytes for waiting in self._waiting))
@@ -263,6 +269,7 @@ class RemoteTier:
             if sum(p.nbytes for p in batch) >= PUT_BYTES or len(batch) == self._max_batch:
                 self._put(batch)
                 batch = []
+        self._waiting.extendleft(reversed(held))
         if batch:
             self._put(batch)
 
