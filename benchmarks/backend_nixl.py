@@ -81,7 +81,9 @@ def times_of(base: Path, nbytes: int, count: int, rounds: int) -> dict[str, dict
     memory.array[:] = np.random.default_rng(0).integers(0, 255, len(memory.array), np.uint8)
     before = memory.array.copy()
     sources, targets = memory.buffers(read_only=True), memory.buffers()
-    ours = plugins.open_connector(url, Host(room, [memory.region]).services, entry_points_of(url, ""))
+    ours = plugins.open_connector(
+        url, Host(room, [memory.region]).services, entry_points_of(url, "")
+    )
     bare = Bare(room / "bare", memory)
     peer, reader = FileConnector(f"{room}/file"), FileConnector(f"{room}/ours")
     names = [f"{i:03d}" for i in range(count)]

@@ -19,6 +19,7 @@ SESSIONS = (
     "mutants", "vllm", "demo",
 )
 # fmt: on
+OPTIONS = {"mutants": ("--", "--wrong-only")}
 
 
 def system_packages() -> None:
@@ -40,6 +41,7 @@ def main() -> int:
         report = ROOT / "build" / "nox.json"
         report.unlink(missing_ok=True)
         command = [str(nox), "-r", "-s", session, "--report", str(report)]
+        command += OPTIONS.get(session, ())
         code = subprocess.run(command).returncode
         found = json.loads(report.read_text())["sessions"] if report.exists() else []
         results = {row["result"] for row in found}
@@ -49,6 +51,7 @@ def main() -> int:
     for session, state, seconds in rows:
         print(f"{session:10} {state:12} {seconds:6.0f} s")
     print("Conformance ran the quick plan; nox -s conformance -- --full runs the long one.")
+    print("Not run here: mechanical mutants, which take 10 minutes more; nox -s mutants runs them.")
     print("Not run here: RDMA, GPUDirect Storage, an S3 service that is not moto (no hardware).")
     print("Not run here: CUDA copies and cudaHostRegister on hardware (no accelerator).")
     return int(any(state != "ok" for _, state, _ in rows))

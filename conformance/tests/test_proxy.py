@@ -104,3 +104,14 @@ def test_hanging_up_and_refusing(proxy: FaultProxy) -> None:
             assert sock.recv(1) == b""
         except ConnectionResetError:
             pass
+
+
+def test_a_reply_arrives_in_pieces(proxy: FaultProxy) -> None:
+    proxy.faults.reply_piece_bytes = 2
+    with dial(proxy) as sock:
+        sock.sendall(b"hello")
+        first = sock.recv(65536)
+        got = first
+        while len(got) < 5:
+            got += sock.recv(65536)
+    assert got == b"hello" and len(first) < 5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from lmcache_conformance.harness import Harness, small_disk, unmount
@@ -49,12 +51,26 @@ class FileHarness(Harness):
     def litter(self) -> None:
         root = self.scratch / "kv" / "v1"
         for shard in ("00", "zz", "notes", "abc"):
-            (root / shard).mkdir(exist_ok=True)
+            (root / shard).mkdir(mode=0o700, exist_ok=True)
             for name in ("README", "6", "zz", "a1.tmp", "A1", "abc"):
-                (root / shard / name).touch()
-        (root / "00" / "a1").mkdir(exist_ok=True)
-        (root / "notes" / "62").touch()
-        (root / "README").touch()
+                (root / shard / name).touch(mode=0o600)
+        (root / "00" / "a1").mkdir(mode=0o700, exist_ok=True)
+        (root / "notes" / "62").touch(mode=0o600)
+        (root / "README").touch(mode=0o600)
+
+    def refusals(self) -> Mapping[str, AbstractContextManager[Collection[str]]]:
+        return {"a file is where its directory was": self._displaced()}
+
+    @contextmanager
+    def _displaced(self) -> Iterator[Collection[str]]:
+        root, away = self.scratch / "kv" / "v1", self.scratch / "kv" / "away"
+        root.rename(away)
+        root.touch(mode=0o600)
+        try:
+            yield ("open", "exists", "get", "put", "delete", "scan", "health")
+        finally:
+            root.unlink()
+            away.rename(root)
 
     def corrupt(self, key: bytes) -> None:
         path = self._path(key)
@@ -76,6 +92,7 @@ class FileHarness(Harness):
     def raw_put(self, key: bytes, content: bytes) -> None:
         path = self._path(key)
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.touch(mode=0o600)
         path.write_bytes(content)
 
     def _path(self, key: bytes) -> Path:

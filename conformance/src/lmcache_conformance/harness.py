@@ -5,9 +5,10 @@ What a harness does not offer, the suite finds another way or answers INCONCLUSI
 
 from __future__ import annotations
 
+import os
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -78,6 +79,22 @@ class Harness(ABC):
         """Cut the tail of the stored value, behind the connector's back."""
         raise NotImplementedError
 
+    def lose(self, key: bytes) -> None:
+        """Remove a part of what the store keeps of the value, as its own eviction may."""
+        raise NotImplementedError
+
+    def damages(self) -> Mapping[str, Callable[[bytes], None]]:
+        """Further ways to damage what is stored of a key, by what they are called in a message."""
+        raise NotImplementedError
+
+    def refusals(self) -> Mapping[str, AbstractContextManager[Collection[str]]]:
+        """Ways to make the store refuse with errors of its own, by what they are called.
+
+        Within each the operations that it gives are refused, of: open, exists, get, put, delete,
+        scan and health.
+        """
+        raise NotImplementedError
+
     def raw_get(self, key: bytes) -> bytes | None:
         """The stored value, read without the connector."""
         raise NotImplementedError
@@ -89,6 +106,11 @@ class Harness(ABC):
     def litter(self) -> None:
         """Leave things that are no values where the values are."""
         raise NotImplementedError
+
+    def stored(self) -> int:
+        """How many things the store holds that will not go by themselves; files in `scratch`
+        unless told otherwise."""
+        return sum(len(files) for _, _, files in os.walk(self.scratch))
 
     def bad_urls(self) -> list[str]:
         """URLs of this backend that can't be opened here."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 CHUNK_BYTES = 1 << 16
+PIECE_S = 0.0005
+"""Between the pieces of a reply, so that the receiver sees each alone."""
 
 
 @dataclass(slots=True)
@@ -23,6 +25,8 @@ class Faults:
     Attributes:
         delay_s: before each forwarded piece, in each direction.
         bytes_per_s: bandwidth in each direction; 0 is unbounded.
+        reply_piece_bytes: what the store answers arrives in pieces of so many bytes; 0 is as it
+            comes.
         stalled: nothing is forwarded, connections stay open.
         mute: what the store answers is thrown away, connections stay open (half-open).
         refuse: new connections are closed at once.
@@ -32,6 +36,7 @@ class Faults:
 
     delay_s: float = 0.0
     bytes_per_s: float = 0.0
+    reply_piece_bytes: int = 0
     stalled: bool = False
     mute: bool = False
     refuse: bool = False
@@ -113,6 +118,7 @@ class FaultProxy:
             except OSError:
                 client.close()
                 continue
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             pair = (client, store)
             with self._lock:
                 self._pairs.add(pair)
@@ -141,7 +147,10 @@ class FaultProxy:
                 if self.faults.mute and not to_store:
                     continue
                 allowed = self._allowed(len(data), to_store)
-                sink.sendall(data[:allowed])
+                step = 0 if to_store else self.faults.reply_piece_bytes
+                for start in range(0, allowed, step or len(data)):
+                    sink.sendall(data[start : min(allowed, start + (step or len(data)))])
+                    time.sleep(PIECE_S if step else 0)
                 if allowed < len(data):
                     break
         except OSError:

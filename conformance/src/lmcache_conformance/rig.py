@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import secrets
 import threading
 import time
@@ -131,11 +130,14 @@ class Rig:
         """The proxy before the store.
 
         Raises:
-            Inconclusive: the harness is no `TcpHarness`.
+            Inconclusive: the harness is no `TcpHarness`, or its URL goes around the proxy.
         """
         if not isinstance(self.harness, TcpHarness):
             raise Inconclusive("the harness is no TcpHarness, so there is no fault proxy")
-        return self.harness.proxy
+        proxy = self.harness.proxy
+        if str(proxy.port) not in self.url:
+            raise Inconclusive("the harness's URL does not go through the fault proxy")
+        return proxy
 
     def open(self, url: str = "") -> RemoteConnector:
         """Another connector, on the same store unless told otherwise."""
@@ -254,10 +256,6 @@ class Rig:
             wrong is None,
             f"{op} answered {wrong!r}; each answer is a {kind.__name__}",
         )
-
-    def files(self) -> int:
-        """Files of the store, where it keeps any in the harness's directory."""
-        return sum(len(files) for _, _, files in os.walk(self.harness.scratch))
 
     def until_well(self, store: RemoteConnector, limit_s: float = 10.0) -> None:
         """Wait until a connector works again after a fault; it must, without being reopened."""

@@ -1,4 +1,8 @@
-"""Small wrong changes to a module's source, one at a time."""
+"""Small wrong changes to a module's source, one at a time.
+
+Left alone is what no caller can see: annotations, texts for people, what a `raise` says, counters
+of metrics, None in the place of a False, and functions that only raise NotImplementedError.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ def _visit(node: ast.AST, skip: frozenset[str], *, inside: bool) -> Iterator[ast
     """Nodes inside functions, without annotations and texts for people."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         function = isinstance(node, ast.FunctionDef)
-        if node.name in skip:
+        if node.name in skip or _never_called(node):
             return
         if function:
             yield node
@@ -68,8 +72,10 @@ def _visit(node: ast.AST, skip: frozenset[str], *, inside: bool) -> Iterator[ast
     if not inside or silent or isinstance(node, (ast.JoinedStr, ast.Raise)):
         return
     yield node
+    annotation = node.annotation if isinstance(node, ast.AnnAssign) else None
     for child in ast.iter_child_nodes(node):
-        yield from _visit(child, skip, inside=True)
+        if child is not annotation:
+            yield from _visit(child, skip, inside=True)
 
 
 def _changes(node: ast.AST) -> Iterator[Change]:
@@ -89,7 +95,7 @@ def _changes(node: ast.AST) -> Iterator[Change]:
         new = (not node.value) if isinstance(node.value, bool) else node.value + 1
         yield f"{node.value!r} -> {new!r}", lambda: setattr(node, "value", new)
     if isinstance(node, ast.Return) and node.value is not None:
-        nothing = isinstance(node.value, ast.Constant) and node.value.value is None
+        nothing = isinstance(node.value, ast.Constant) and node.value.value in (None, False)
         if not nothing:
             yield "return None", lambda: setattr(node, "value", ast.Constant(None))
     for field in ("body", "orelse", "finalbody"):
@@ -102,10 +108,19 @@ def _changes(node: ast.AST) -> Iterator[Change]:
                 )
 
 
+def _never_called(node: ast.AST) -> bool:
+    last = node.body[-1] if isinstance(node, ast.FunctionDef) else None
+    return isinstance(last, ast.Raise) and "NotImplementedError" in ast.unparse(last)
+
+
 def _removable(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr):
-        return isinstance(node.value, ast.Call)
+        return isinstance(node.value, ast.Call) and not _counts(node.value)
     return isinstance(node, (ast.Raise, ast.AugAssign, ast.Delete, ast.Break, ast.Continue))
+
+
+def _counts(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Attribute) and call.func.attr == "inc"
 
 
 def _set_op(node: ast.Compare, other: type[ast.cmpop]) -> None:

@@ -95,9 +95,8 @@ class TakesTheLastReply(Base):
 
     def __init__(self, sessions, facts, **options):
         super().__init__(sessions, facts, **options)
-        close, sessions._drop_idle = sessions._drop_idle, lambda: None
+        self._drop, sessions.drop_idle = sessions.drop_idle, lambda: None
         sessions._use = self._reuse(sessions)
-        self._drop = close
 
     def _reuse(self, sessions):
         plain = type(sessions)._use
@@ -148,6 +147,37 @@ class NeverConnectsAgain(Base):
             return super().get_into(keys, targets, ctx)
         except BackendUnavailable:
             self._gone = True
+            raise
+
+
+@mutant("H12")
+class OneDamagesAll(Base):
+    """A damaged value makes the whole batch CORRUPT."""
+
+    def get_into(self, keys, targets, ctx):
+        found = super().get_into(keys, targets, ctx)
+        damaged = any(each.status is Status.CORRUPT for each in found)
+        return [GetResult(Status.CORRUPT)] * len(keys) if damaged else found
+
+
+@mutant("H12")
+class LeavesTornHeads(Base):
+    """A value whose pieces are gone is MISS for get, and there for exists."""
+
+    def _drop_torn(self, read, deadline_s):
+        return None
+
+
+@mutant("H13")
+class RefusedIsMiss(Base):
+    """A server that refuses to read has nothing."""
+
+    def exists(self, keys, ctx):
+        try:
+            return super().exists(keys, ctx)
+        except BackendUnavailable as error:
+            if "NOPERM" in str(error):
+                return [Status.MISS] * len(keys)
             raise
 
 

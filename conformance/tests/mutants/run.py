@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lmcache_backend_redis.conformance import RedisHarness
+from lmcache_backend_redis.conformance import DATABASE, RedisHarness
 from lmcache_conformance import Harness
 from lmcache_conformance.builtin import FileHarness, MemoryHarness
 from lmcache_conformance.checks import CHECKS
@@ -62,7 +62,7 @@ class MutantRedis(RedisHarness):
         self.arguments = getattr(catalogue()[mutant].make, "arguments", self.arguments)
 
     def url_at(self, host: str, port: int) -> str:
-        return f"mutant://{host}:{port}/0?name={self.mutant}"
+        return f"mutant://{host}:{port}/{DATABASE}?name={self.mutant}"
 
 
 class MutantPlugin(MemoryHarness):

@@ -2,18 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import redis
 
 from lmcache_backend_redis.fleets import RedisCluster, RedisSentinels
-from lmcache_backend_redis.layout import Head, head_name
+from lmcache_backend_redis.layout import MAX_PIECES, Head, head_name
 from lmcache_backend_redis.server import RedisServer
 from lmcache_conformance import Harness, TcpHarness
 
-_WHOLE = ("--appendonly", "yes")
+_WHOLE = ("--appendonly", "yes", "--appendfsync", "no")
+"""Without `everysec`, which may hold back a write for 2 s while a sync runs."""
+DATABASE = 1
+"""Not 0: so a new connection has to ask for it, and to wait for an answer."""
+_COUNT = """
+local n = 0
+for _, name in ipairs(redis.call('KEYS', '*')) do
+  if redis.call('PTTL', name) == -1 then n = n + 1 end
+end
+return n
+"""
+_READS = ("exists", "get", "scan", "health")
+_WRITES = ("put", "delete")
+_HANG_UP = "CLIENT KILL TYPE normal SKIPME yes"
+REFUSALS: dict[str, tuple[Sequence[str], Sequence[str], Sequence[str]]] = {
+    "it asks for a login": (
+        ("CONFIG SET requirepass secret", _HANG_UP), ("CONFIG SET requirepass \"\"",),
+        ("open", *_READS, *_WRITES),
+    ),
+    "rights are taken away": (
+        ("ACL SETUSER default -@all +acl +info",), ("ACL SETUSER default +@all",),
+        (*_READS, *_WRITES),
+    ),
+    "it may be read only": (
+        ("ACL SETUSER default -@write",), ("ACL SETUSER default +@all",), _WRITES,
+    ),
+    "it may only be written": (
+        ("ACL SETUSER default -get -exists -scan",), ("ACL SETUSER default +@all",),
+        ("exists", "get", "scan", "put", "delete"),
+    ),
+    "no transaction is allowed": (
+        ("ACL SETUSER default -exec",), ("ACL SETUSER default +@all",), _WRITES,
+    ),
+    "replicas are missing": (
+        ("CONFIG SET min-replicas-to-write 1",), ("CONFIG SET min-replicas-to-write 0",), _WRITES,
+    ),
+}  # fmt: skip
+"""What to tell the server before and after, and the operations that it refuses meanwhile."""
+
+
+def _cut_head(client: redis.Redis, key: bytes, head: Head) -> None:
+    client.set(head_name(key), head.encode()[:-1])
+
+
+def _other_head(client: redis.Redis, key: bytes, head: Head) -> None:
+    client.setrange(head_name(key), 0, b"OTHR")
+
+
+def _other_kind(client: redis.Redis, name: bytes) -> None:
+    client.delete(name)
+    client.rpush(name, b"no string")
+
+
+DAMAGES: dict[str, Callable[[redis.Redis, bytes, Head], object]] = {
+    "its first piece is lost": lambda c, key, head: c.delete(head.names(key)[0]),
+    "all of its pieces are lost": lambda c, key, head: c.delete(*head.names(key)),
+    "a piece is longer": lambda c, key, head: c.append(head.names(key)[1], b"more"),
+    "a piece is much shorter": lambda c, key, head: c.set(head.names(key)[1], b"short"),
+    "a piece is empty": lambda c, key, head: c.set(head.names(key)[-1], b""),
+    "a piece is a list": lambda c, key, head: _other_kind(c, head.names(key)[1]),
+    "its head is cut": _cut_head,
+    "its head is something else": _other_head,
+    "its head names no pieces": lambda c, key, head: c.set(
+        head_name(key), replace(head, pieces=0).encode()
+    ),
+    "its head names too many pieces": lambda c, key, head: c.set(
+        head_name(key), replace(head, pieces=MAX_PIECES + 1).encode()
+    ),
+}
+"""What may happen to a head or a piece behind the connector's back."""
 
 
 class RedisHarness(TcpHarness):
@@ -37,7 +110,7 @@ class RedisHarness(TcpHarness):
         return ("127.0.0.1", self.server.port)
 
     def url_at(self, host: str, port: int) -> str:
-        return f"redis://{host}:{port}/0"
+        return f"redis://{host}:{port}/{DATABASE}"
 
     def kill(self) -> None:
         self.server.kill()
@@ -63,6 +136,8 @@ class RedisHarness(TcpHarness):
             for name in ("other", "lmc:{zz}", "lmc:{6}", "lmc:{61", "lmc:{61}:x:0"):
                 client.set(name, b"no value")
             client.set(b"lmc:{62}", b"no head")
+            client.delete(b"lmc:{6c697374}")
+            client.rpush(b"lmc:{6c697374}", b"no string")
 
     def corrupt(self, key: bytes) -> None:
         with self._client() as client:
@@ -76,19 +151,74 @@ class RedisHarness(TcpHarness):
             piece = self._head(client, key).names(key)[-1]
             client.set(piece, self._value(client, piece)[:-5])
 
+    def lose(self, key: bytes) -> None:
+        with self._client() as client:
+            client.delete(self._head(client, key).names(key)[-1])
+
+    def damages(self) -> Mapping[str, Callable[[bytes], None]]:
+        return {name: partial(self._damage, damage) for name, damage in DAMAGES.items()}
+
+    def refusals(self) -> Mapping[str, AbstractContextManager[Collection[str]]]:
+        found: dict[str, AbstractContextManager[Collection[str]]] = {
+            name: self._changed(*change) for name, change in REFUSALS.items()
+        }
+        return {**found, "a script keeps it busy": self._busy()}
+
+    def stored(self) -> int:
+        """Pieces that no head names have a time to live; what has none stays."""
+        with self._client() as client:
+            return int(str(client.eval(_COUNT, 0)))
+
     def raw_get(self, key: bytes) -> bytes | None:
         with self._client() as client:
             if not client.exists(head_name(key)):
                 return None
             names = self._head(client, key).names(key)
+            if any(client.ttl(name) != -1 for name in names):
+                return None  # it will be gone soon
             return b"".join(self._value(client, name) for name in names)
 
     def server_version(self) -> str:
         with self._client() as client:
             return f"redis {client.info('server')['redis_version']}"
 
+    def _damage(self, damage: Callable[[redis.Redis, bytes, Head], object], key: bytes) -> None:
+        with self._client() as client:
+            damage(client, key, self._head(client, key))
+
+    @contextmanager
+    def _changed(
+        self, before: Sequence[str], after: Sequence[str], ops: Sequence[str]
+    ) -> Iterator[Sequence[str]]:
+        with self._client() as client:
+            for order in before:
+                client.execute_command(*shlex.split(order))
+            try:
+                yield ops
+            finally:
+                for order in after:
+                    client.execute_command(*shlex.split(order))
+
+    @contextmanager
+    def _busy(self) -> Iterator[Sequence[str]]:
+        with self._client() as client, self._client() as other:
+            client.config_set("busy-reply-threshold", 1)
+            other.connection_pool.get_connection().send_command("EVAL", "while true do end", 0)
+            try:
+                while self._answers(client):
+                    time.sleep(0.01)
+                yield ("open", *_READS, *_WRITES)
+            finally:
+                client.script_kill()
+
+    def _answers(self, client: redis.Redis) -> bool:
+        try:
+            return bool(client.ping())
+        except redis.exceptions.RedisError:
+            return False
+
     def _client(self) -> redis.Redis:
-        return redis.Redis(port=self.server.port)
+        return redis.Redis(port=self.server.port, db=DATABASE)
 
     def _value(self, client: redis.Redis, name: bytes) -> bytes:
         found = client.get(name)
@@ -106,7 +236,10 @@ class RedisUnixHarness(RedisHarness):
     name = "redis-unix"
 
     def url(self) -> str:
-        return self.server.unix_url
+        return f"{self.server.unix_url}?db={DATABASE}"
+
+    def stall(self) -> AbstractContextManager[None]:
+        return _frozen([self.server])
 
 
 class RedisClusterHarness(Harness):

@@ -74,9 +74,7 @@ def head_pattern(prefix: bytes) -> bytes:
 
 
 def key_of(name: bytes) -> bytes | None:
-    """The key whose head is ``name``, or None when it is not a head."""
-    if not (name.startswith(_PREFIX) and name.endswith(b"}")):
-        return None
+    """The key whose head is ``name``, which a `head_pattern` matches; None when it is no key's."""
     try:
         return bytes.fromhex(name[len(_PREFIX) : -1].decode("ascii"))
     except ValueError:

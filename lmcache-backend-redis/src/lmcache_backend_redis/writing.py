@@ -94,19 +94,14 @@ class Writer:
         for _ in range(COMMIT_TRIES):
             if isinstance(old, ServerError):
                 return old
-            orders = self._orders(key, head, old)
-            session.send(orders, deadline_s)
-            queued = [session.reply(deadline_s) for _ in orders[:-1]]
-            done = session.reply(deadline_s)
-            if isinstance(done, list):
+            done = _execute(session, self._orders(key, head, old), deadline_s)
+            if done is not None:
                 error = first_error(done)
                 if error is None and any(reply != 1 for reply in done[1 : 1 + len(names)]):
                     error = ServerError("GONE a piece was evicted before its head was set")
                 if error is not None:
                     self.drop_version(session, key, head.version, deadline_s)
                 return error
-            if done is not None:
-                return first_error([*queued, done]) or ServerError("ERR a strange answer to EXEC")
             session.send([_watch(key)], deadline_s)
             old = _watched(session, deadline_s)
         return ServerError(_BUSY)
@@ -148,12 +143,17 @@ def _remove(session: Session, key: bytes, old: Reply, deadline_s: float) -> list
     head = Head.decode(old) if isinstance(old, bytes) else None
     names = head.names(key) if head else []
     orders = [command(b"MULTI"), command(b"UNLINK", head_name(key), *names), command(b"EXEC")]
+    return _execute(session, orders, deadline_s)
+
+
+def _execute(session: Session, orders: Sequence[bytes], deadline_s: float) -> list[Reply] | None:
+    """What a transaction gave; its error alone when it was refused, None when the watched head
+    changed."""
     session.send(orders, deadline_s)
-    replies = [session.reply(deadline_s) for _ in orders]
-    done = replies[-1]
-    if isinstance(done, list):
+    *queued, done = [session.reply(deadline_s) for _ in orders]
+    if done is None or isinstance(done, list):
         return done
-    return None if done is None else replies
+    return [first_error([*queued, done]) or ServerError("ERR a strange answer to EXEC")]
 
 
 def first_error(replies: Sequence[Reply]) -> ServerError | None:

@@ -15,6 +15,7 @@ from lmcache_conformance.checks import (
     model,
     ownership,
     performance,
+    refusals,
     restart,
     single,
     sizes,
@@ -22,9 +23,8 @@ from lmcache_conformance.checks import (
 from lmcache_conformance.frame import Check
 
 _FAMILIES = (
-    api, single, batches, sizes, keys, concurrency, ownership, faults, io_errors, restart,
-    capacity, model,
-    leaks, direct, performance,
+    api, single, batches, sizes, keys, concurrency, ownership, faults, refusals, io_errors,
+    restart, capacity, model, leaks, direct, performance,
 )  # fmt: skip
 
 CHECKS: tuple[Check, ...] = tuple(

@@ -9,7 +9,7 @@ from lmcache_conformance.checks.api import expect_closed
 from lmcache_conformance.child import Child
 from lmcache_conformance.frame import NotClaimed, Wrong, check
 from lmcache_conformance.memory import value
-from lmcache_conformance.rig import Rig, in_threads, within
+from lmcache_conformance.rig import UNFINISHED, Rig, in_threads, names, within
 from lmcache_core.sdk import (
     CLOSE_LIMIT_S,
     BackendClosed,
@@ -44,7 +44,7 @@ def max_concurrency_threads(rig: Rig) -> None:
 @check("F2", fix="publish a value with one atomic step (rename, one transaction, one pointer)")
 def racing_puts_and_gets(rig: Rig) -> None:
     """While puts of one key race, every get gives one whole value, and never MISS unless the store
-    evicts."""
+    evicts; while puts and deletes do, the whole value or none."""
     if rig.claims.max_concurrency < 2:
         writers = readers = [rig.store, rig.open()]
     else:
@@ -67,6 +67,27 @@ def racing_puts_and_gets(rig: Rig) -> None:
             rig.expect_one_of(key, allowed, size, "while puts race", readers[number])
 
     in_threads([write, *(lambda n=n: read(n) for n in range(len(readers)))])
+    _puts_against_deletes(rig, writers[-1], value(3, rig.size(64)))
+
+
+def _puts_against_deletes(rig: Rig, other: RemoteConnector, content: bytes) -> None:
+    key, end_s = rig.key("changing"), time.monotonic() + (3.0 if rig.full else 0.4)
+
+    def change(store: RemoteConnector, op: str) -> None:
+        while time.monotonic() < end_s:
+            if op == "put":
+                answers = rig.put({key: content}, store, seconds=2.0)
+            else:
+                answers = store.delete([key], within(2))
+            # Each may give up, after it was beaten too often.
+            fine = set(answers) <= {Status.OK, *UNFINISHED}
+            rig.expect(fine, f"{op} beside others answered {names(answers)}")
+            result, found = rig.get(key, len(content), store, seconds=2.0)
+            if result.status not in UNFINISHED:
+                what = "while puts and deletes race"
+                rig.expect_allowed(result.status, found, [content, None], what)
+
+    in_threads([lambda: change(rig.store, "put"), lambda: change(other, "delete")])
 
 
 @check("F3", fix="close() marks, then lets calls in flight end by their deadline")
@@ -138,12 +159,12 @@ def open_and_close_often(rig: Rig) -> None:
         store.close()
 
     once()
-    before, stored = settled(), rig.files()
+    before, stored = settled(), rig.harness.stored()
     for _ in range(200 if rig.full else 40):
         once()
     after = settled(before)
     rig.expect(after.files <= before.files, f"{after.files - before.files} files stay open")
-    left = rig.files() - stored
+    left = rig.harness.stored() - stored
     rig.expect(left <= 2, f"opening and closing left {left} files in the store")
     rig.expect(after.threads <= before.threads, f"{after.threads - before.threads} threads stay")
 
@@ -167,7 +188,6 @@ def opening_beside_puts(rig: Rig) -> None:
     if rig.claims.sharing is Sharing.PROCESS:
         raise NotClaimed("sharing is process")
     key, size = rig.key("k"), rig.size(256 << 10)
-    end_s = time.monotonic() + (4.0 if rig.full else 1.0)
 
     def write() -> None:
         turn = 0
@@ -182,6 +202,8 @@ def opening_beside_puts(rig: Rig) -> None:
             rig.open().close()
 
     with Child(rig.url, rig.harness.module, rig.scratch) as child:
+        # From now on: a child may take long to start.
+        end_s = time.monotonic() + (4.0 if rig.full else 1.0)
         in_threads([write, open_and_close])
         found = child.call("get", key=key.hex(), nbytes=size)
     rig.expect(found.get("status") == "OK", f"another process gets {found}")

@@ -10,7 +10,7 @@ from lmcache_conformance.child import Child, digest
 from lmcache_conformance.frame import Inconclusive, NotClaimed, Profile, Wrong, check
 from lmcache_conformance.harness import TcpHarness
 from lmcache_conformance.memory import value
-from lmcache_conformance.rig import UNFINISHED, Rig, within
+from lmcache_conformance.rig import UNFINISHED, Rig, names, within
 from lmcache_core.sdk import (
     BackendUnavailable,
     ConfigError,
@@ -64,13 +64,15 @@ def refused(rig: Rig) -> None:
     rig.must_put({key: content})
     rig.proxy.faults.refuse = True
     rig.proxy.hang_up()
-    for op in ("exists", "get", "put", "delete"):
+    for op in ("exists", "get", "put", "delete", "health"):
         started_s = time.monotonic()
         try:
             if op == "get":
                 status = rig.get(key, len(content), seconds=1.0)[0].status
             elif op == "put":
                 status = rig.put({rig.key("new"): content}, seconds=1.0)[0]
+            elif op == "health":
+                status = Status.OK if store.health(within(1.0)).ok else Status.FAILED
             else:
                 status = getattr(store, op)([rig.key("other")], within(1.0))[0]
         except BackendUnavailable:
@@ -139,6 +141,9 @@ def cut_during_a_put(rig: Rig) -> None:
     for turn, offset in enumerate(sorted({0, 1, 20, *ends, *every})):
         key, old, new = rig.key(f"k{turn}"), value(turn, size), value(turn + 1000, size)
         rig.must_put({key: old})
+        if turn % 2:
+            # Now the put has to connect first, and it is a new connection that breaks.
+            rig.proxy.hang_up()
         rig.proxy.faults.cut_after_bytes = rig.proxy.sent_bytes + offset
         said: Status | None = None
         try:
@@ -183,6 +188,11 @@ def stands_still(rig: Rig) -> None:
                 f"{op} with a deadline of 0.3 s returned after {seconds:.2f} s",
             )
             expect_answer(rig, found, f"{op} of a store that stands still")
+            if arm is None and "error" not in found:
+                rig.expect(
+                    found["status"] in {each.name for each in UNFINISHED},
+                    f"{op} of a store that stands still answered {found['status']}",
+                )
             time.sleep(0 if arm is None else 1.3)
         end_s = time.monotonic() + 10
         while True:
@@ -239,18 +249,33 @@ def replies_are_lost(rig: Rig) -> None:
 
 
 @check(
-    "H6", profile=Profile.RESILIENT, fix="never count round trips as time: a slow store is a store"
+    "H6",
+    profile=Profile.RESILIENT,
+    fix="never count round trips as time, and never take one read for one reply: a slow store is "
+    "a store",
 )
 def slow_store(rig: Rig) -> None:
-    """A store that answers 10 ms late is slow, not wrong."""
+    """A store that answers 10 ms late, or whose answers arrive in small pieces, is slow, not
+    wrong."""
     behind_a_proxy(rig)
-    keys, size = rig.keys(4), rig.size()
+    keys, size, small = rig.keys(4), rig.size(), rig.size(64)
     rig.proxy.faults.delay_s = 0.01
     contents = {key: value(i, size) for i, key in enumerate(keys)}
     for key, content in contents.items():
         rig.must_put({key: content})
     for key, content in contents.items():
         rig.expect_value(key, content, "from a slow store")
+    rig.proxy.faults.delay_s = 0.0
+    rig.proxy.faults.reply_piece_bytes = max(1, small // 128)
+    for key in (keys[0], rig.key("new")):
+        content = value(9, small)
+        rig.expect(rig.store.delete([key], within(10)) == [Status.OK], "delete from a slow store")
+        rig.must_put({key: content})
+        rig.expect_value(key, content, "in small pieces")
+        there = rig.store.exists([key, rig.key("none")], within(10))
+        rig.expect(there == [Status.OK, Status.MISS], f"exists in small pieces: {names(there)}")
+        rig.expect_absent(rig.key("none"), "in small pieces")
+    rig.expect(rig.store.health(within(10)).ok, "a slow store is not healthy")
 
 
 @check(
@@ -291,11 +316,11 @@ def server_restart(rig: Rig) -> None:
     fix="frame and checksum values, or do not claim `checksums`: core checks",
 )
 def damaged_values(rig: Rig) -> None:
-    """Where ``checksums`` is claimed, a value with a flipped bit or a lost tail is CORRUPT or
-    MISS; else core's envelope refuses what comes."""
+    """Where ``checksums`` is claimed, a value with a flipped bit, a lost tail or a lost part is
+    CORRUPT or MISS; else core's envelope refuses what comes."""
     from lmcache_conformance.sealing import sealed, unseal
 
-    offered = [each for each in ("corrupt", "truncate") if rig.harness.offers(each)]
+    offered = [each for each in ("corrupt", "truncate", "lose") if rig.harness.offers(each)]
     if not offered:
         if rig.claims.checksums:
             raise Inconclusive("checksums is claimed; the harness offers no corrupt and truncate")

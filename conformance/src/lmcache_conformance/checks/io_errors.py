@@ -70,7 +70,7 @@ def no_file_descriptors(rig: Rig) -> None:
 def _each_call(rig: Rig, error: int, mask: int) -> None:
     """Let the n-th call of every operation fail, for every n; see the checks above."""
     size = rig.size(SIZE)
-    before = rig.files()
+    before = rig.harness.stored()
     used: list[bytes] = []
     neighbour, kept = rig.key("neighbour"), value(rig.seed, size)
     rig.must_put({neighbour: kept})
@@ -89,7 +89,7 @@ def _each_call(rig: Rig, error: int, mask: int) -> None:
             )
         for key in (*used, neighbour):
             child.call("delete", key=key.hex())
-    left = rig.files() - before
+    left = rig.harness.stored() - before
     rig.expect(left <= 2, f"failed puts left {left} files in the store")
     if not fired:
         raise NotClaimed("no operation makes a call of this kind")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lmcache_conformance.frame import check
 from lmcache_conformance.memory import value
 from lmcache_conformance.rig import Rig, within
-from lmcache_core.sdk import Status
+from lmcache_core.sdk import Status, SupportsScan
 
 AWKWARD = [
     b"\0", b"/", b"..", b".", b"a", b"A", b"~", b"*", b"?", b"[a]", b"{a}", b"%2e", b"-rf", b"\n",
@@ -78,7 +78,8 @@ def shared_prefixes(rig: Rig) -> None:
     limit_s=600,
 )
 def many_keys(rig: Rig) -> None:
-    """With many keys in the store (2,000, or 100,000 in the full plan) every one is found."""
+    """With many keys in the store (2,000, or 100,000 in the full plan) every one is found, and by
+    a scan once."""
     count = 100_000 if rig.full else 2_000
     size = rig.claims.alignment if rig.claims.alignment > 1 else 16
     batch = rig.claims.max_batch
@@ -93,4 +94,9 @@ def many_keys(rig: Rig) -> None:
         rig.expect(answers == [Status.OK] * len(part), f"a key of {count} is absent")
     for number in range(0, count, max(1, count // 500)):
         rig.expect_value(keys[number], value(number, size), f"key {number} of {count}")
+    if rig.claims.scan:
+        assert isinstance(rig.store, SupportsScan)
+        listed = [entry.key for entry in rig.store.scan(rig.key("k"), within(60))]
+        rig.expect(len(set(listed)) == len(listed), "a scan gives a key twice")
+        rig.expect(set(listed) == set(keys), f"a scan gives {len(listed)} of {count} keys")
     _clean(rig, keys)

@@ -90,7 +90,7 @@ def killed_at_every_call(rig: Rig) -> None:
         count = sum(found["seen"].values())
     if not count:
         raise Inconclusive("no writing system call of a put could be hooked")
-    stored, used = rig.files(), []
+    stored, used = rig.harness.stored(), []
     for number in _positions(rig, count):
         used.append(rig.key(f"k{number}"))
         key, old, new = rig.key(f"k{number}"), value(number, size), value(number + 1000, size)
@@ -110,7 +110,7 @@ def killed_at_every_call(rig: Rig) -> None:
     again = rig.open()
     for key in used:
         again.delete([key], within(5))
-    left = rig.files() - stored
+    left = rig.harness.stored() - stored
     rig.expect(left <= 2, f"killed writers left {left} files that a new connector does not remove")
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 from lmcache_conformance.frame import NotClaimed, check
 from lmcache_conformance.memory import value
 from lmcache_conformance.rig import Rig, differ, within
 from lmcache_core.sdk import GetResult, OnExisting, Sharing, Status
+
+_AGE_S = 90.0
+"""Of a value that was put in this check at most; clocks of a store may be coarse."""
 
 
 @check("B1", fix="return exactly the bytes and the size that put_from was given")
@@ -122,7 +127,8 @@ def the_store_has_it(rig: Rig) -> None:
 
 @check("B9", fix="take status from the value itself: exists and get must agree at rest")
 def scan_lists_what_is_there(rig: Rig) -> None:
-    """A scan gives every whole value of a prefix with its size, and nothing that is no value."""
+    """A scan gives every whole value of a prefix with its size and, where the store knows, when it
+    was last used, and nothing that is no value."""
     from lmcache_core.sdk import SupportsScan
 
     if not rig.claims.scan:
@@ -137,8 +143,12 @@ def scan_lists_what_is_there(rig: Rig) -> None:
     sizes.pop(gone)
     if rig.harness.offers("litter"):
         rig.harness.litter()
-    found = {entry.key: entry.nbytes for entry in rig.store.scan(rig.key("aa"), within(10))}
+    listed = list(rig.store.scan(rig.key("aa"), within(10)))
+    found = {entry.key: entry.nbytes for entry in listed}
     rig.expect(found == sizes, f"scan gave {len(found)} entries, {len(sizes)} are there")
+    for entry in listed:
+        age_s = time.time() - entry.used_at_s if entry.used_at_s else 0.0
+        rig.expect(abs(age_s) < _AGE_S, f"scan says that a new value was used {age_s:.0f} s ago")
     for entry in rig.store.scan(b"", within(30)):
         status = rig.store.exists([entry.key], within(5))[0]
         rig.expect(status is Status.OK, f"scan gave {entry.key!r}, which is {status.name}")
