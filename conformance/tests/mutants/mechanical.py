@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmcache_conformance.harness import unmount
 from mutants.mutate import Mutation, mutations
 
 TARGET = 0.85
@@ -191,6 +192,8 @@ def main() -> int:
             if options.report:
                 with options.report.open("a") as file:
                     file.write(json.dumps([*_fields(verdict)]) + "\n")
+    for disk in folder.glob("*/store/small"):
+        unmount(disk)  # of a mutant that hung
     shutil.rmtree(folder, ignore_errors=True)
     for backend in backends:
         print(_rate(backend, [each for each in verdicts if each.backend == backend]))
