@@ -155,8 +155,9 @@ def capabilities(
     """What a connector to a server with these ``facts`` claims."""
     bounded = facts.get("maxmemory", "0") != "0"
     evicts = bounded and facts.get("maxmemory_policy") != "noeviction"
-    # With an append-only file Redis writes before it answers: a killed server loses nothing.
-    kept = facts.get("aof_enabled") == "1"
+    # With an append-only file Redis writes before it answers: a killed server loses nothing.  But
+    # `everysec` holds a write back for up to 2 s while a sync runs.
+    kept = facts.get("aof_enabled") == "1" and facts.get("appendfsync") in ("always", "no")
     return Capabilities(
         max_concurrency=connections,
         max_batch=128,
@@ -170,7 +171,8 @@ def capabilities(
 
 
 def server_facts(sessions: Sessions, deadline_s: float) -> dict[str, str]:
-    """Fields of INFO memory, persistence and cluster; empty when the ACL forbids INFO.
+    """Fields of INFO memory, persistence and cluster, and ``appendfsync``; without those that the
+    ACL forbids.
 
     Raises:
         ConfigError, BackendUnavailable, TimeoutError: see `Sessions.connect`.
@@ -178,11 +180,15 @@ def server_facts(sessions: Sessions, deadline_s: float) -> dict[str, str]:
 
     def op(session: Session) -> list[Reply]:
         sections = (b"memory", b"persistence", b"cluster")
-        session.send([command(b"INFO", section) for section in sections], deadline_s)
-        return [session.reply(deadline_s) for _ in sections]
+        requests = [command(b"INFO", section) for section in sections]
+        session.send([*requests, command(b"CONFIG", b"GET", b"appendfsync")], deadline_s)
+        return [session.reply(deadline_s) for _ in range(len(sections) + 1)]
 
     found: dict[str, str] = {}
-    for reply in sessions.run(op, deadline_s):
+    *replies, config = sessions.run(op, deadline_s)
+    if isinstance(config, list) and len(config) == 2 and isinstance(config[1], bytes):
+        found["appendfsync"] = config[1].decode(errors="replace")
+    for reply in replies:
         if isinstance(reply, ServerError) and reply.code == "NOAUTH":
             raise ConfigError(
                 str(reply), backend="redis", op="open", hint="give user and password in the URL"
