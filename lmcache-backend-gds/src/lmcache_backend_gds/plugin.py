@@ -15,6 +15,7 @@ from lmcache_core.sdk import (
     OptionSpec,
     Probe,
     RemoteConnector,
+    check_ranges,
     directory_of,
     hookimpl,
     writable,
@@ -99,11 +100,4 @@ def lmcache_open_connector(
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    for name, (low, high) in _RANGES.items():
-        if not low <= options[name] <= high:
-            raise ConfigError(
-                f"{name}={options[name]} is out of range",
-                backend="gds",
-                op="open",
-                hint=f"give {low} to {high}",
-            )
+    check_ranges(options, _RANGES, backend="gds")

@@ -19,6 +19,7 @@ from lmcache_core.sdk import (
     OptionSpec,
     Probe,
     RemoteConnector,
+    check_ranges,
     hookimpl,
 )
 
@@ -135,9 +136,7 @@ def _check(options: Mapping[str, Any]) -> None:
         "restart_max_s": (0.1, 60),
         "longest_deadline_s": (0.1, 3600),
     }
-    for name, (low, high) in limits.items():
-        if not low <= options[name] <= high:
-            raise _wrong(f"{name}={options[name]} is out of range", f"give {low} to {high}")
+    check_ranges(options, limits, backend="infinistore")
 
 
 def _check_machine(connection: str) -> None:

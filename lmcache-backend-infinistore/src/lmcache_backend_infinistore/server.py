@@ -8,17 +8,19 @@ device is a stub (see warden.py).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from lmcache_backend_infinistore.warden import SERVICE_PORT
+from lmcache_conformance.throwaway import run_with
 
 _CLONE_NEWNET = 0x40000000
 
@@ -143,18 +145,15 @@ class InfinistoreServer:
         return rest
 
 
+@contextlib.contextmanager
+def _served() -> Iterator[str]:
+    with InfinistoreServer() as server:
+        yield server.url
+
+
 def main() -> int:
     """Run the command line with a server; its exit code."""
-    if len(sys.argv) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        with InfinistoreServer() as server:
-            command = [word.replace("{url}", server.url) for word in sys.argv[1:]]
-            return subprocess.call(command, env=os.environ)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_with(_served, __doc__)
 
 
 if __name__ == "__main__":

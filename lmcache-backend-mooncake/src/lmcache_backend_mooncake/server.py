@@ -8,6 +8,7 @@ its own with loopback only, COMMAND included: Mooncake's clients listen on every
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from lmcache_backend_mooncake.library import program
 from lmcache_backend_mooncake.network import is_private, private_network
+from lmcache_conformance.throwaway import free_port, run_with
 
 START_LIMIT_S = 20.0
 _MIB = 1 << 20
@@ -55,7 +57,7 @@ class MooncakeServer:
             raise RuntimeError("not in this network: enter network.private_network() first")
         self._program = program("mooncake_master")
         self.directory = Path(tempfile.mkdtemp(prefix="lmc-mooncake-"))
-        self.port, self._metrics_port = _free_port(), _free_port()
+        self.port, self._metrics_port = free_port(), free_port()
         self._segment_bytes, self._ssd_path = segment_bytes, ssd_path
         self._arguments = arguments
         self._environment = {**os.environ, **(environment or {})}
@@ -184,12 +186,6 @@ class MooncakeServer:
         return (self.directory / name).read_text(errors="replace")[-2000:]
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def _listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -198,17 +194,15 @@ def _listens(port: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _served() -> Iterator[str]:
+    with private_network(), MooncakeServer() as server:
+        yield server.url
+
+
 def main() -> int:
     """Run the command line with a store; its exit code."""
-    if len(sys.argv) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        with private_network(), MooncakeServer() as server:
-            return subprocess.call([word.replace("{url}", server.url) for word in sys.argv[1:]])
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_with(_served, __doc__)
 
 
 if __name__ == "__main__":

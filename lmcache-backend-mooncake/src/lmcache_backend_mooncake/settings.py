@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from lmcache_core.sdk import ConfigError, OptionSpec
+from lmcache_core.sdk import ConfigError, OptionSpec, check_ranges
 
 MIB = 1 << 20
 URL_HELP = "mooncake://master_host:port"
@@ -101,9 +101,7 @@ def read_settings(url: str, options: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: the URL names no master, or an option is out of range.
     """
-    for name, (low, high) in _RANGES.items():
-        if not low <= options[name] <= high:
-            raise _wrong(f"{name}={options[name]} is out of range", f"give {low} to {high}")
+    check_ranges(options, _RANGES, backend="mooncake")
     if 0 < options["segment_bytes"] < 16 * MIB:
         raise _wrong("segment_bytes is too small to be lent", f"give 0, or at least {16 * MIB}")
     if options["ssd_offload_path"] and not options["segment_bytes"]:

@@ -18,6 +18,7 @@ from lmcache_core.sdk import (
     OptionSpec,
     Probe,
     RemoteConnector,
+    check_ranges,
     directory_of,
     hookimpl,
     writable,
@@ -165,11 +166,4 @@ def _check(scheme: str, options: Mapping[str, Any]) -> None:
         "queue_depth": (1, 4096),
         "max_value_bytes": (_MIB, (1 << 31) - 1),
     }
-    for name, (low, high) in limits.items():
-        if not low <= options[name] <= high:
-            raise ConfigError(
-                f"{name}={options[name]} is out of range",
-                backend="nixl",
-                op="open",
-                hint=f"give {low} to {high}",
-            )
+    check_ranges(options, limits, backend="nixl")

@@ -7,16 +7,19 @@ runs COMMAND with ``{url}`` replaced, and stops the service after it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+
+from lmcache_conformance.throwaway import free_port, run_with
 
 START_LIMIT_S = 30.0
 BUCKET = "kvbucket"
@@ -31,7 +34,7 @@ class S3Server:
     """
 
     def __init__(self) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._log = Path(tempfile.mkdtemp(prefix="lmc-s3-")) / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -112,24 +115,15 @@ def url_at(endpoint: str) -> str:
     return f"nixl+obj://{BUCKET}?endpoint={endpoint}&{login}"
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+@contextlib.contextmanager
+def _served() -> Iterator[str]:
+    with S3Server() as server:
+        yield server.url
 
 
 def main() -> int:
     """Run the command line with a service; its exit code."""
-    if len(sys.argv) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        with S3Server() as server:
-            command = [word.replace("{url}", server.url) for word in sys.argv[1:]]
-            return subprocess.call(command)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_with(_served, __doc__)
 
 
 if __name__ == "__main__":

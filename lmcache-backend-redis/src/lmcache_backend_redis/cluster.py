@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
 
 from lmcache_backend_redis.connector import parse_info
+from lmcache_backend_redis.errands import Errand, R, fail
 from lmcache_backend_redis.layout import MAX_PIECES, head_name
 from lmcache_backend_redis.nodes import Address, Nodes
 from lmcache_backend_redis.reading import Read, read_all, read_values
@@ -37,7 +37,6 @@ from lmcache_core.sdk import (
     Sharing,
     Status,
     Workers,
-    status_of_oserror,
 )
 
 REDIRECTS = 8
@@ -45,63 +44,6 @@ REDIRECTS = 8
 _MOVING_PAUSE_S = 0.02
 SILENT_S = 0.1
 """A node that says nothing for so long, until the deadline, is left alone."""
-
-
-class Errand:
-    """One key of a batch of exists, put or delete, until a node has decided it."""
-
-    __slots__ = ("elsewhere", "key", "source", "status")
-
-    def __init__(self, key: bytes, source: memoryview | None = None) -> None:
-        self.key = key
-        self.source = source
-        self.status: Status | None = None
-        self.elsewhere: ServerError | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether no node has decided it."""
-        return self.status is None and self.elsewhere is None
-
-    @property
-    def failed(self) -> bool:
-        """Whether it is FAILED."""
-        return self.status is Status.FAILED
-
-    def settle(self, status: Status) -> None:
-        """Decide it."""
-        self.status = status
-
-    def take(self, error: ServerError | None, done: Status) -> None:
-        """Decide it by what the server said; ``done`` when that was no error."""
-        if error is None:
-            self.status = done
-        elif error.code in ELSEWHERE:
-            self.elsewhere = error
-        else:
-            raised = as_exception(error)
-            if isinstance(raised, BackendUnavailable):
-                raise raised
-            assert isinstance(raised, OSError)
-            self.status = status_of_oserror(raised)
-
-
-class _Routed(Protocol):
-    """What `Errand` and `Read` have in common."""
-
-    key: bytes
-    elsewhere: ServerError | None
-
-    @property
-    def open(self) -> bool: ...
-
-    @property
-    def failed(self) -> bool: ...
-
-    def settle(self, status: Status) -> None: ...
-
-
-R = TypeVar("R", bound=_Routed)
 
 
 class ClusterConnector(BaseConnector):
@@ -295,7 +237,7 @@ class ClusterConnector(BaseConnector):
             if not parts:
                 break
             if turn > REDIRECTS:
-                _fail(errand for _, _, part in parts for errand in part)
+                fail(errand for _, _, part in parts for errand in part)
                 break
             turn += 1
             self._at_once([partial(self._visit, *part, op, away, deadline_s) for part in parts])
@@ -348,7 +290,7 @@ class ClusterConnector(BaseConnector):
             op(self._nodes.sessions(address), part, asking)
         except BackendUnavailable as error:
             away.append(error)
-            _fail(part)
+            fail(part)
             if not _is_our_own(error):
                 self._rested.inc()
                 self._nodes.rest(address)
@@ -442,10 +384,3 @@ def _redirect(error: ServerError) -> tuple[int, Address] | None:
         return None
     host, _, port = words[2].rpartition(":")
     return (int(words[1]), (host, int(port))) if host and port.isdigit() else None
-
-
-def _fail(errands: Sequence[_Routed] | Iterator[_Routed]) -> None:
-    for errand in errands:
-        errand.elsewhere = None
-        if errand.open:
-            errand.settle(Status.FAILED)

@@ -16,7 +16,8 @@ from typing import Any
 
 import redis
 
-from lmcache_backend_redis.server import RedisServer, free_port
+from lmcache_backend_redis.server import RedisServer
+from lmcache_conformance.throwaway import free_port
 
 START_LIMIT_S = 20.0
 SLOTS = 16384

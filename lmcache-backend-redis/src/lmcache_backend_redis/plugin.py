@@ -17,6 +17,7 @@ from lmcache_core.sdk import (
     OptionSpec,
     Probe,
     RemoteConnector,
+    check_ranges,
     hookimpl,
 )
 
@@ -110,11 +111,4 @@ def _check(options: Mapping[str, Any]) -> None:
         "ttl_s": (0, 10 * 365 * 86400),
         "longest_deadline_s": (0.1, 3600),
     }
-    for name, (low, high) in limits.items():
-        if not low <= options[name] <= high:
-            raise ConfigError(
-                f"{name}={options[name]} is out of range",
-                backend="redis",
-                op="open",
-                hint=f"give {low} to {high}",
-            )
+    check_ranges(options, limits, backend="redis")

@@ -7,6 +7,7 @@ runs COMMAND with ``{url}`` replaced, and stops the server after it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+
+from lmcache_conformance.throwaway import free_port, run_with
 
 START_LIMIT_S = 10.0
 
@@ -135,25 +139,15 @@ class RedisServer:
             return False
 
 
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+@contextlib.contextmanager
+def _served() -> Iterator[str]:
+    with RedisServer() as server:
+        yield server.unix_url
 
 
 def main() -> int:
     """Run the command line with a server; its exit code."""
-    if len(sys.argv) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        with RedisServer() as server:
-            command = [word.replace("{url}", server.unix_url) for word in sys.argv[1:]]
-            return subprocess.call(command)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_with(_served, __doc__)
 
 
 if __name__ == "__main__":

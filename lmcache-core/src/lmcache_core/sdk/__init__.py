@@ -42,6 +42,7 @@ from lmcache_core.sdk.hookspecs import (
     Probe,
     hookimpl,
 )
+from lmcache_core.sdk.ranges import check_ranges
 from lmcache_core.sdk.status import GetResult, Status
 from lmcache_core.sdk.value_files import ValueFiles, directory_of, writable
 from lmcache_core.sdk.workers import LeftBehind, Pending, Workers
@@ -96,6 +97,7 @@ __all__ = [
     "ValueCorrupt",
     "ValueFiles",
     "Workers",
+    "check_ranges",
     "directory_of",
     "hookimpl",
     "status_of_oserror",
