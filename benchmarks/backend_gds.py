@@ -18,16 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from figures import Figure, interleave, save, show, throughput
+from figures import Figure, save, show, throughput
+from value_files import Times, filled, times_beside
 
 from lmcache_backend_gds import driver, stub
 from lmcache_backend_gds.connector import GdsConnector
-from lmcache_conformance import Memory, within
+from lmcache_conformance import Memory
 from lmcache_conformance.rig import Host, entry_points_of
 from lmcache_core import plugins
-from lmcache_core.connectors.file import FileConnector
-from lmcache_core.sdk import RemoteConnector, Status
 
 MIB = 1 << 20
 SIZES = (("1MiB", MIB, 128), ("32MiB", 32 * MIB, 4))
@@ -93,48 +91,22 @@ def open_gds(folder: Path, io: str) -> GdsConnector:
     return opened
 
 
-Times = dict[str, dict[str, list[float]]]
-
-
 def times_of(
     base: Path, io: str, bare_class: type[Bare], nbytes: int, count: int, rounds: int
 ) -> Times:
     """Seconds of put and get in each round, on files and workers of their own."""
     room = Path(tempfile.mkdtemp(dir=base))
     ours, bare = open_gds(room / "ours", io), bare_class(room / "bare")
-    peer, reader = FileConnector(f"{room}/file"), FileConnector(f"{room}/ours")
-    memory = Memory([nbytes] * count)
-    memory.array[:] = np.random.default_rng(0).integers(0, 255, len(memory.array), np.uint8)
-    before = memory.array.copy()
-    sources, targets = memory.buffers(read_only=True), memory.buffers()
-    names = [f"{i:03d}" for i in range(count)]
-    keys = [each.encode() for each in names]
-    # All read the same files: where a file's pages lie makes a fifth of the speed.
-    paths = [f"{room}/ours/v1/{sum(key) & 0xFF:02x}/{key.hex()}" for key in keys]
-
-    def put_by(store: RemoteConnector) -> None:
-        assert set(store.put_from(keys, sources, within(60))) == {Status.OK}
-
-    def get_by(store: RemoteConnector) -> None:
-        results = store.get_into(keys, targets, within(60))
-        assert {(each.status, each.nbytes) for each in results} == {(Status.OK, nbytes)}
-
-    puts: dict[str, Callable[[], object]] = {
-        "ours": lambda: put_by(ours),
-        "raw": lambda: [bare.put(n, s.view) for n, s in zip(names, sources) if s.view],
-        "file": lambda: put_by(peer),
-    }
-    gets: dict[str, Callable[[], object]] = {
-        "ours": lambda: get_by(ours),
-        "raw": lambda: [bare.get(p, t.view) for p, t in zip(paths, targets) if t.view],
-        "file": lambda: get_by(reader),
-    }
-    for run in (*puts.values(), *gets.values()):
-        run()
-    times = {"put": interleave(puts, rounds, os.sync), "get": interleave(gets, rounds)}
-    assert np.array_equal(memory.array, before)
-    for store in (ours, peer, reader):
-        store.close()
+    memory = filled(Memory([nbytes] * count))
+    views = [buffer.view for buffer in memory.buffers() if buffer.view is not None]
+    times = times_beside(
+        room,
+        ours,
+        memory,
+        lambda names: [bare.put(name, view) for name, view in zip(names, views)],
+        lambda paths: [bare.get(path, view) for path, view in zip(paths, views)],
+        rounds,
+    )
     shutil.rmtree(room)
     return times
 

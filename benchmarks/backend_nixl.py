@@ -10,18 +10,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from figures import Figure, interleave, save, show, throughput
+from figures import Figure, save, show, throughput
+from value_files import Times, filled, times_beside
 
 from lmcache_backend_nixl.library import load
-from lmcache_conformance import Memory, within
+from lmcache_conformance import Memory
 from lmcache_conformance.rig import Host, entry_points_of
 from lmcache_core import plugins
-from lmcache_core.connectors.file import FileConnector
-from lmcache_core.sdk import RemoteConnector, Status
 
 MIB = 1 << 20
 SIZES = (("1MiB", MIB, 64), ("32MiB", 32 * MIB, 4))
@@ -72,49 +70,24 @@ class Bare:
             os.close(fd)
 
 
-def times_of(base: Path, nbytes: int, count: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def times_of(base: Path, nbytes: int, count: int, rounds: int) -> Times:
     """Seconds of put and get in each round, on files and threads of their own."""
     room = Path(tempfile.mkdtemp(dir=base))
     url = f"nixl+posix://{room}/ours"
-    memory = Memory([nbytes] * count, region_id=1)
+    memory = filled(Memory([nbytes] * count, region_id=1))
     assert memory.region is not None
-    memory.array[:] = np.random.default_rng(0).integers(0, 255, len(memory.array), np.uint8)
-    before = memory.array.copy()
-    sources, targets = memory.buffers(read_only=True), memory.buffers()
-    ours = plugins.open_connector(
-        url, Host(room, [memory.region]).services, entry_points_of(url, "")
-    )
+    host = Host(room, [memory.region])
+    ours = plugins.open_connector(url, host.services, entry_points_of(url, ""))
     bare = Bare(room / "bare", memory)
-    peer, reader = FileConnector(f"{room}/file"), FileConnector(f"{room}/ours")
-    names = [f"{i:03d}" for i in range(count)]
-    keys = [each.encode() for each in names]
-    # All read the same files: where a file's pages lie makes a fifth of the speed.
-    paths = [f"{room}/ours/v1/{sum(key) & 0xFF:02x}/{key.hex()}" for key in keys]
-    addresses = [buffer.address for buffer in sources]
-
-    def put_by(store: RemoteConnector) -> None:
-        assert set(store.put_from(keys, sources, within(60))) == {Status.OK}
-
-    def get_by(store: RemoteConnector) -> None:
-        results = store.get_into(keys, targets, within(60))
-        assert {(each.status, each.nbytes) for each in results} == {(Status.OK, nbytes)}
-
-    puts: dict[str, Callable[[], object]] = {
-        "ours": lambda: put_by(ours),
-        "raw": lambda: bare.put(names, addresses, nbytes),
-        "file": lambda: put_by(peer),
-    }
-    gets: dict[str, Callable[[], object]] = {
-        "ours": lambda: get_by(ours),
-        "raw": lambda: bare.get(paths, addresses, nbytes),
-        "file": lambda: get_by(reader),
-    }
-    for run in (*puts.values(), *gets.values()):
-        run()
-    times = {"put": interleave(puts, rounds, os.sync), "get": interleave(gets, rounds)}
-    assert np.array_equal(memory.array, before)
-    for store in (ours, peer, reader):
-        store.close()
+    at = [buffer.address for buffer in memory.buffers()]
+    times = times_beside(
+        room,
+        ours,
+        memory,
+        lambda names: bare.put(names, at, nbytes),
+        lambda paths: bare.get(paths, at, nbytes),
+        rounds,
+    )
     shutil.rmtree(room)
     return times
 
