@@ -1,32 +1,30 @@
-"""`CacheEngine`: the only part that knows both the index and the tiers.
+"""`CacheEngine`: the cache of one model, by tokens.
 
-One thread owns an engine: it calls every method, and `poll` brings in what other threads
-have finished.  Nothing here waits for I/O, except the calls that say "blocks".
+One thread owns an engine, like a `ChunkEngine`; nothing here waits for I/O, except the calls
+that say "blocks".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from lmcache_core.chunks import ChunkEngine
 from lmcache_core.config import EngineConfig
 from lmcache_core.envelope import stored_bytes
 from lmcache_core.keys import ChunkHasher, Namespace, key_suffix
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
-from lmcache_core.misses import MissLog
 from lmcache_core.planner import plan
-from lmcache_core.prefetch import Prefetch, Prefetcher
-from lmcache_core.sdk import BackendClosed, ConfigError, Status
+from lmcache_core.prefetch import Prefetch
+from lmcache_core.sdk import ConfigError
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.remote import RemoteTier
-from lmcache_core.tiers.stack import TierStack
 from lmcache_core.transfer.executor import Runtime
 
 
@@ -51,8 +49,8 @@ class LookupResult:
     tokens_by_tier: dict[str, int] = field(default_factory=dict)
 
 
-class CacheEngine:
-    """lookup / store / retrieve / prefetch / pin / unpin / clear / close over tiers.
+class CacheEngine(ChunkEngine):
+    """lookup / store / retrieve / pin / unpin / clear of prefixes, in one namespace and layout.
 
     Args:
         config: frozen settings.
@@ -78,53 +76,19 @@ class CacheEngine:
             raise ConfigError(
                 f"layout has chunks of {layout.chunk_size} tokens, config {config.chunk_size}"
             )
-        self.config = config
+        super().__init__(
+            config=config, arena=arena, open_tiers=open_tiers, runtime=runtime, metrics=metrics
+        )
         self.layout = layout
         self.namespace = namespace
-        self.metrics = metrics or Metrics()
-        self.runtime = runtime or Runtime()
-        self.misses = MissLog()
-        self.host = HostTier(arena, self._evicted)
-        self.tiers = TierStack(open_tiers(self.host))
-        self._prefetcher = Prefetcher(
-            self.host,
-            self.tiers,
-            payload_bytes=layout.payload_bytes,
-            metrics=self.metrics,
-            now_s=self.runtime.now_s,
-            lose=self._lose,
-        )
         self._suffix = key_suffix(0, 0)
         self._hasher = self._make_hasher(namespace)
-        self._lost: dict[int, HostChunk] = {}
-        self._lent: dict[int, list[HostChunk]] = {}
-        self._generation = 0
-        self._demoting = 0
         self._pinned: dict[bytes, HostChunk] = {}
-        self._closed = False
-        self.metrics.gauge("host.used_bytes", lambda: self.host.used_bytes)
-        for tier in self.tiers.readable:
-            self.metrics.gauge(f"{tier.name}.used_bytes", partial(getattr, tier, "used_bytes"))
-            self.metrics.gauge(f"{tier.name}.available", partial(getattr, tier, "available"))
-
-    def now_s(self) -> float:
-        """The engine's clock."""
-        return self.runtime.now_s()
-
-    @property
-    def generation(self) -> int:
-        """Grows with every `clear`; a store reserved before is not committed after."""
-        return self._generation
 
     @property
     def slot_bytes(self) -> int:
         """Host memory of one chunk, its header included."""
         return stored_bytes(self.layout.payload_bytes)
-
-    @property
-    def settling(self) -> bool:
-        """Whether lower tiers still have answers to give within their deadlines."""
-        return self._demoting > 0 and self.tiers.settling
 
     def keys(self, tokens: Sequence[int], hasher: ChunkHasher | None = None) -> list[bytes]:
         """Stored keys of every whole chunk of ``tokens``."""
@@ -136,33 +100,14 @@ class CacheEngine:
         tag, suffix = namespace.tag, self._suffix
         return [tag + digest + suffix for digest in digests]
 
-    def poll(self) -> int:
-        """Bring in finished work and look at deadlines; returns how much came in."""
-        count = self.runtime.completions.drain()
-        self.tiers.tick()
-        return count
-
-    def is_arriving(self, key: bytes) -> bool:
-        """Whether ``key`` is on its way to host from a lower tier."""
-        return key in self._prefetcher
-
     def prefetch(
         self,
         keys: Sequence[bytes],
         deadline_s: float | None = None,
         parent: bytes | None = None,
     ) -> Prefetch:
-        """Start moving ``keys`` to host; poll `Prefetch.done`, then `release`.
-
-        ``keys`` is a prefix, or the rest of one whose last earlier chunk is ``parent``.
-        """
-        self._check_open()
-        until_s = deadline_s or self.now_s() + self.config.lookup_deadline_s
-        return self._prefetcher.start(keys, parent, until_s)
-
-    def release(self, ticket: Prefetch) -> None:
-        """End the ticket: unpin its chunks, want no more of them."""
-        self._prefetcher.release(ticket)
+        """`prefetch_keys` in this engine's layout."""
+        return self.prefetch_keys(keys, layout=self.layout, parent=parent, deadline_s=deadline_s)
 
     def lookup(self, tokens: Sequence[int]) -> LookupResult:
         """The longest prefix over all tiers, without moving it.
@@ -228,36 +173,8 @@ class CacheEngine:
         return len(chunks)
 
     def reserve(self, key: bytes, parent: bytes | None) -> HostChunk | None:
-        """A slot to write, or None: already there, being written, or no room (counted)."""
-        if key in self.host:
-            return None
-        chunk = self.host.reserve(key, parent, self.layout.payload_bytes)
-        if chunk is None:
-            self.metrics.counter("host.store_dropped").inc()
-        return chunk
-
-    def commit(self, chunks: Sequence[HostChunk], generation: int | None = None) -> None:
-        """The payloads are written: serve them, and write them through to every tier.
-
-        With a ``generation`` older than the engine's the chunks are dropped instead.
-        """
-        stale = generation is not None and generation != self._generation
-        for chunk in chunks:
-            if stale:
-                self.host.abort(chunk)
-                continue
-            doomed = chunk.doomed
-            self.host.seal(chunk)
-            if not doomed:
-                self._demote(chunk)
-        for tier in self.tiers.writable:
-            tier.start_stores()
-        self.metrics.counter("host.stored").inc(0 if stale else len(chunks))
-
-    def abort(self, chunks: Sequence[HostChunk]) -> None:
-        """The payloads will not be written."""
-        for chunk in chunks:
-            self.host.abort(chunk)
+        """`reserve_key` in this engine's layout."""
+        return self.reserve_key(key, parent, layout=self.layout)
 
     def pin(self, tokens: Sequence[int]) -> int:
         """Keep the prefix of ``tokens`` that is in host until `unpin`; its tokens."""
@@ -278,15 +195,9 @@ class CacheEngine:
                 self.host.unpin(chunk)
         return sum(chunk is not None for chunk in chunks) * self.config.chunk_size
 
-    def drop(self, keys: Sequence[bytes]) -> None:
-        """Forget ``keys`` in every tier: their bytes are not to be trusted."""
-        self.host.drop(keys)
-        self.tiers.delete(keys)
-
     def clear(self, *, lower_tiers: bool = False) -> int:
         """Forget every host chunk and what is being stored; with ``lower_tiers`` also what
         this namespace is known to have there.  Returns the number of host chunks."""
-        self._generation += 1
         for chunk in self._pinned.values():
             self.host.unpin(chunk)
         self._pinned.clear()
@@ -304,89 +215,9 @@ class CacheEngine:
         """A hasher for a derived ``namespace`` (tenant, adapter)."""
         return self._hasher if namespace is self.namespace else self._make_hasher(namespace)
 
-    def on_residency(self, changed: Callable[[str, bytes, bool], None]) -> None:
-        """Have ``changed`` told the tier, the key, and whether it is there now, in the owner's
-        thread.  What a store evicts by itself is not known."""
-        self.host.on_change = partial(changed, "host")
-        for tier in self.tiers.readable:
-            tier.on_change = partial(changed, tier.name)
-
-    def flush(self, timeout_s: float) -> bool:
-        """Block until lower tiers have settled what was stored, or ``timeout_s``."""
-        self._wait(lambda: not self._demoting, timeout_s)
-        return not self._demoting
-
-    def close(self) -> bool:
-        """Flush for at most ``close_timeout_s``, then close tiers and memory.
-
-        Returns False when a call of a backend still runs: its threads are daemons and the
-        arena stays mapped for them.  Idempotent.
-        """
-        if self._closed:
-            return True
-        flushed = self.flush(self.config.close_timeout_s)
-        if not flushed:
-            self.metrics.counter("close.unflushed").inc(self._demoting)
-        self._closed = True
-        clean = self.tiers.close(1.0)
-        self.poll()
-        if clean and not (self._lost or self._lent):
-            self.host.arena.close()
-        return flushed and clean
-
-    def released(self, token: int) -> None:
-        """A buffer answered ABANDONED can't be touched any more; from any thread."""
-
-        def settle() -> None:
-            for lent in self._lent.pop(token, ()):
-                self.host.unpin(lent)
-            chunk = self._lost.pop(token, None)
-            if chunk is not None:
-                self.host.found(chunk)
-
-        self.runtime.completions.post(settle)
-
-    def _evicted(self, key: bytes) -> None:
-        self.metrics.counter("host.evicted").inc()
-        self.misses.evicted(key)
-
-    def _lose(self, chunk: HostChunk, tier: RemoteTier) -> None:
-        self.host.lose(chunk)
-        self._lost[chunk.offset] = chunk
-        tier.count("lost_bytes", chunk.payload_bytes)
-
-    def _demote(self, chunk: HostChunk) -> None:
-        for tier in self.tiers.writable:
-            if tier.holds(chunk.key):
-                continue
-            self.host.pin(chunk)
-            self._demoting += 1
-            tier.store(chunk, lambda status: self._demoted(chunk, status))
-
-    def _demoted(self, chunk: HostChunk, status: Status) -> None:
-        self._demoting -= 1
-        if status is Status.ABANDONED:
-            # Native code may still read the slot: it stays pinned until it is released.
-            self._lent.setdefault(chunk.offset, []).append(chunk)
-            return
-        self.host.unpin(chunk)
-
     def _make_hasher(self, namespace: Namespace) -> ChunkHasher:
         return ChunkHasher(
             namespace,
             chunk_size=self.config.chunk_size,
             algorithm=self.config.hash_algorithm,
         )
-
-    def _wait(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        end_s = self.now_s() + timeout_s
-        while not ready():
-            left_s = end_s - self.now_s()
-            if left_s <= 0:
-                return
-            self.runtime.wait(min(left_s, 0.05))
-            self.poll()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise BackendClosed("the engine was closed", op="engine", hint="open a new one")

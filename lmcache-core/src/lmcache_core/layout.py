@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkLayout:
-    """Constant for one engine.
+    """Constant for one kind of chunk of one engine.
 
     Attributes:
         chunk_size: tokens in a chunk.
-        payload_bytes: bytes of a whole chunk, all layers of this worker.
+        payload_bytes: bytes of a whole chunk: its layers, of every worker.
         description: canonical bytes that say how the payload is laid out; two engines with
             equal descriptions can read each other's chunks.
+        fingerprint: 16 bytes that stand for the layout in every envelope.
     """
 
     chunk_size: int
     payload_bytes: int
     description: bytes
+    fingerprint: bytes = field(init=False)
 
-    @property
-    def fingerprint(self) -> bytes:
-        """16 bytes that stand for the layout in every envelope."""
+    def __post_init__(self) -> None:
         sizes = b"%d/%d/" % (self.chunk_size, self.payload_bytes)
-        return hashlib.sha256(sizes + self.description).digest()[:16]
+        digest = hashlib.sha256(sizes + self.description).digest()[:16]
+        object.__setattr__(self, "fingerprint", digest)

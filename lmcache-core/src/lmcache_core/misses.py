@@ -12,18 +12,28 @@ MAX_PREFIXES = 16_384
 MAX_NAMESPACES = 4
 
 
-class MissLog:
-    """What this engine has seen lately, in bounded memory.  Owner thread only."""
+class EvictedKeys:
+    """The latest keys that left the host tier, at most `MAX_EVICTED`."""
 
     def __init__(self) -> None:
-        self._evicted: OrderedDict[bytes, None] = OrderedDict()
-        self._seen: OrderedDict[int, list[Namespace]] = OrderedDict()
+        self._keys: OrderedDict[bytes, None] = OrderedDict()
 
-    def evicted(self, key: bytes) -> None:
-        """``key`` left the host tier."""
-        self._evicted[key] = None
-        if len(self._evicted) > MAX_EVICTED:
-            self._evicted.popitem(last=False)
+    def add(self, key: bytes) -> None:
+        """``key`` left."""
+        self._keys[key] = None
+        if len(self._keys) > MAX_EVICTED:
+            self._keys.popitem(last=False)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._keys
+
+
+class MissLog:
+    """Under which identities prefixes were asked for lately, in bounded memory.  Owner thread
+    only."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[int, list[Namespace]] = OrderedDict()
 
     def saw(self, first_chunk: Sequence[int], namespace: Namespace) -> None:
         """A request with these first tokens came under ``namespace``."""
@@ -35,14 +45,12 @@ class MissLog:
         if len(self._seen) > MAX_PREFIXES:
             self._seen.popitem(last=False)
 
-    def explain(self, key: bytes, first_chunk: Sequence[int], namespace: Namespace) -> str:
-        """``evicted``, ``identity.FIELD`` or ``never_stored``.
+    def explain(self, first_chunk: Sequence[int], namespace: Namespace) -> str:
+        """``identity.FIELD`` or ``never_stored``, of a chunk that nobody knows.
 
         The field is one in which the same first tokens were asked for before; only what this
         process saw is known.
         """
-        if key in self._evicted:
-            return "evicted"
         for other in self._seen.get(hash(tuple(first_chunk)), ()):
             fields = namespace.differing_fields(other)
             if fields:

@@ -6,12 +6,15 @@ The one place that knows both configuration and plugins; raises before anything 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict, TypeVar
 
 from lmcache_core import plugins
+from lmcache_core.chunks import ChunkEngine
 from lmcache_core.config import EngineConfig, TierConfig
 from lmcache_core.engine import CacheEngine
+from lmcache_core.envelope import stored_bytes
 from lmcache_core.keys import Namespace
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.logs import logger
@@ -27,28 +30,62 @@ def open_engine(
     config: EngineConfig,
     *,
     layout: ChunkLayout,
-    namespace: Namespace | Callable[[], Namespace],
+    namespace: Namespace,
     runtime: Runtime | None = None,
 ) -> CacheEngine:
-    """An engine with its arena and every configured tier.
+    """An engine of one model, with its arena and every configured tier; see `open_chunks`."""
 
-    A ``namespace`` that takes time to know may be a function; it runs once the arena's
-    memory is being prepared.
+    def make(parts: EngineParts) -> CacheEngine:
+        return CacheEngine(layout=layout, namespace=namespace, **parts)
+
+    return _open(config, [layout], make, runtime, lambda: None)
+
+
+def open_chunks(
+    config: EngineConfig,
+    *,
+    layouts: Sequence[ChunkLayout] = (),
+    runtime: Runtime | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> ChunkEngine:
+    """An engine of chunks of any layout, with its arena and every configured tier.
+
+    Args:
+        layouts: which the host tier must have room for.
+        meanwhile: runs while the arena's memory is being prepared.
 
     Raises:
         ConfigError: no such backend, a wrong option, a directory that can't be written,
             a chunk larger than the host tier.
         BackendUnavailable: a store that can't be reached now.
     """
+    return _open(config, layouts, lambda parts: ChunkEngine(**parts), runtime, meanwhile)
+
+
+class EngineParts(TypedDict):
+    """What every kind of engine is made of."""
+
+    config: EngineConfig
+    arena: Arena
+    open_tiers: Callable[[HostTier], Sequence[RemoteTier]]
+    runtime: Runtime
+    metrics: Metrics
+
+
+_Engine = TypeVar("_Engine", bound=ChunkEngine)
+
+
+def _open(
+    config: EngineConfig,
+    layouts: Sequence[ChunkLayout],
+    make: Callable[[EngineParts], _Engine],
+    runtime: Runtime | None,
+    meanwhile: Callable[[], None],
+) -> _Engine:
     runtime = runtime or Runtime()
     metrics = Metrics()
-    slot_bytes = layout.payload_bytes + 8192
-    if slot_bytes > config.host_bytes:
-        raise ConfigError(
-            f"one chunk of {config.chunk_size} tokens takes {slot_bytes} bytes, "
-            f"the host tier has {config.host_bytes}",
-            hint="give the host tier room for at least a few chunks",
-        )
+    for layout in layouts:
+        _check_room(config, layout)
     arena = Arena.create(
         config.host_bytes,
         huge_pages=config.huge_pages,
@@ -56,11 +93,11 @@ def open_engine(
         prefault=config.prefault,
         warn=logger.warning,
     )
-    engines: list[CacheEngine] = []
+    engines: list[ChunkEngine] = []
     services = _services(arena, runtime, metrics, lambda token: engines[0].released(token))
     connectors: list[tuple[str, TierConfig, RemoteConnector]] = []
     try:
-        known = namespace if isinstance(namespace, Namespace) else namespace()
+        meanwhile()
         for tier in config.tiers:
             name = _tier_name(tier, [n for n, _, _ in connectors])
             connectors.append((name, tier, plugins.open_connector(tier.url, services)))
@@ -72,26 +109,29 @@ def open_engine(
 
     def open_tiers(host: HostTier) -> list[RemoteTier]:
         return [
-            RemoteTier(
-                name, connector, config=tier, host=host, layout=layout, runtime=runtime,
-                metrics=metrics,
-            )
+            RemoteTier(name, connector, config=tier, host=host, runtime=runtime, metrics=metrics)
             for name, tier, connector in connectors
-        ]  # fmt: skip
+        ]
 
-    engine = CacheEngine(
-        config=config,
-        layout=layout,
-        namespace=known,
-        arena=arena,
-        open_tiers=open_tiers,
-        runtime=runtime,
-        metrics=metrics,
+    engine = make(
+        EngineParts(
+            config=config, arena=arena, open_tiers=open_tiers, runtime=runtime, metrics=metrics
+        )
     )
     engines.append(engine)
     for remote in engine.tiers.readable:
         remote.recover()
     return engine
+
+
+def _check_room(config: EngineConfig, layout: ChunkLayout) -> None:
+    slot_bytes = stored_bytes(layout.payload_bytes) + 4096
+    if slot_bytes > config.host_bytes:
+        raise ConfigError(
+            f"one chunk of {layout.chunk_size} tokens takes {slot_bytes} bytes, "
+            f"the host tier has {config.host_bytes}",
+            hint="give the host tier room for at least a few chunks",
+        )
 
 
 def _tier_name(tier: TierConfig, taken: list[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lmcache_core.layout import ChunkLayout
 from lmcache_core.metrics import Metrics
 from lmcache_core.planner import plan
 from lmcache_core.sdk import Status
@@ -34,6 +35,7 @@ class Prefetch:
 
     Attributes:
         keys: of the prefix, in order; ``chunks`` has the pinned chunk of each, or None.
+        layout: of every one of them.
         parent: key of the chunk before the first, if any.
         first: index of the first chunk that host did not have; ``rows`` start there, one a
             tier, None until it answers.
@@ -54,6 +56,7 @@ class Prefetch:
         "deadline_s",
         "first",
         "keys",
+        "layout",
         "parent",
         "pending",
         "reasons",
@@ -68,12 +71,14 @@ class Prefetch:
         keys: Sequence[bytes],
         parent: bytes | None,
         *,
+        layout: ChunkLayout,
         deadline_s: float,
         now_s: Callable[[], float],
     ) -> None:
         self._now_s = now_s
         self.keys = list(keys)
         self.parent = parent
+        self.layout = layout
         self.deadline_s = deadline_s
         self.chunks: list[HostChunk | None] = [None] * len(keys)
         self.first = 0
@@ -123,7 +128,6 @@ class Prefetcher:
     """Moves prefixes from lower tiers to host.  Owner thread only.
 
     Args:
-        payload_bytes: of every chunk.
         lose: takes a chunk whose slot native code may still touch.
     """
 
@@ -132,14 +136,12 @@ class Prefetcher:
         host: HostTier,
         tiers: TierStack,
         *,
-        payload_bytes: int,
         metrics: Metrics,
         now_s: Callable[[], float],
         lose: Callable[[HostChunk, RemoteTier], None],
     ) -> None:
         self._host = host
         self._tiers = tiers
-        self._payload_bytes = payload_bytes
         self._metrics = metrics
         self._now_s = now_s
         self._lose = lose
@@ -149,9 +151,16 @@ class Prefetcher:
         """Whether ``key`` is on its way."""
         return key in self._arriving
 
-    def start(self, keys: Sequence[bytes], parent: bytes | None, deadline_s: float) -> Prefetch:
+    def start(
+        self,
+        keys: Sequence[bytes],
+        parent: bytes | None,
+        *,
+        layout: ChunkLayout,
+        deadline_s: float,
+    ) -> Prefetch:
         """Start moving ``keys``, a prefix or the rest of one after ``parent``."""
-        ticket = Prefetch(keys, parent, deadline_s=deadline_s, now_s=self._now_s)
+        ticket = Prefetch(keys, parent, layout=layout, deadline_s=deadline_s, now_s=self._now_s)
         ticket.first = self._host.prefix(keys)
         for index in range(ticket.first):
             self._join(ticket, index)
@@ -206,7 +215,7 @@ class Prefetcher:
         arrival = self._arriving.get(key)
         if arrival is None:
             parent = ticket.keys[index - 1] if index else ticket.parent
-            chunk = self._host.reserve(key, parent, self._payload_bytes)
+            chunk = self._host.reserve(key, parent, ticket.layout)
             if chunk is None:
                 self._metrics.counter("host.prefetch_no_room").inc()
                 ticket.reasons[index] = "no_room"
@@ -253,6 +262,10 @@ class Prefetcher:
 
     def _join(self, ticket: Prefetch, index: int) -> None:
         chunk = self._host.get(ticket.keys[index])
+        if chunk is not None and chunk.layout.fingerprint != ticket.layout.fingerprint:
+            # Only an engine that derives its keys wrongly can have stored this.
+            ticket.reasons[index] = "layout"
+            return
         if chunk is not None and ticket.chunks[index] is None:
             self._host.pin(chunk)
             ticket.chunks[index] = chunk

@@ -93,7 +93,6 @@ class Simulation:
                     store,
                     config=config,
                     host=host,
-                    layout=LAYOUT,
                     runtime=self.runtime,
                     metrics=metrics,
                 )

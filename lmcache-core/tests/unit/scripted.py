@@ -128,7 +128,6 @@ def make() -> Iterator[Make]:
                     connector,
                     config=tier,
                     host=host,
-                    layout=LAYOUT,
                     runtime=runtime,
                     metrics=metrics,
                 )

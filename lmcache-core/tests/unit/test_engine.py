@@ -273,11 +273,10 @@ def test_a_full_host_evicts_the_oldest_suffix_and_drops_when_all_is_pinned(make:
 def test_a_store_reserved_before_a_clear_is_not_served_after(make: Make) -> None:
     engine = make()
     key = engine.keys(prompt(1, 1))[0]
-    generation = engine.generation
     chunk = engine.reserve(key, None)
     assert chunk is not None
     engine.clear()
-    engine.commit([chunk], generation)
+    engine.commit([chunk])
     assert engine.lookup(prompt(1, 1)).tokens == 0
     assert engine.host.used_bytes == 0
 

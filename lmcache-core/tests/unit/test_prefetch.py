@@ -6,8 +6,21 @@ import threading
 import time
 
 import msgspec
-from scripted import TIER, Make, Pages, Scripted, make, prompt, stored, until
+from scripted import (
+    CHUNK,
+    PAYLOAD_BYTES,
+    TIER,
+    Make,
+    Pages,
+    Scripted,
+    make,
+    prompt,
+    stored,
+    until,
+)
 
+from lmcache_core.layout import ChunkLayout
+from lmcache_core.misses import MissLog
 from lmcache_core.sdk import BackendUnavailable, Capabilities, OpContext
 
 __all__ = ["make"]
@@ -167,15 +180,27 @@ def test_a_dead_store_recovers_while_nobody_asks(make: Make) -> None:
 
 
 def test_why_a_chunk_missed(make: Make) -> None:
-    engine = make(host_chunks=2)
+    engine, log = make(host_chunks=2), MissLog()
     old, new = prompt(1, 2), prompt(2, 2)
-    engine.misses.saw(old[:4], engine.namespace)
+    log.saw(old[:4], engine.namespace)
     engine.store(old, Pages(1))
     engine.store(new, Pages(2))
-    explain = engine.misses.explain
-    assert explain(engine.keys(old)[0], old[:4], engine.namespace) == "evicted"
+    ticket = engine.prefetch(engine.keys(old))
+    assert engine.why_missed(ticket, 0) == "evicted"
     fresh = prompt(3, 1)
-    assert explain(engine.keys(fresh)[0], fresh[:4], engine.namespace) == "never_stored"
+    assert engine.why_missed(engine.prefetch(engine.keys(fresh)), 0) == ""
+    assert log.explain(fresh[:4], engine.namespace) == "never_stored"
     tenant = engine.namespace.derive(tenant_salt="a")
-    key = engine.keys(old, engine.hasher(tenant))[0]
-    assert explain(key, old[:4], tenant) == "identity.tenant_salt"
+    assert log.explain(old[:4], tenant) == "identity.tenant_salt"
+
+
+def test_a_chunk_of_another_layout_under_the_same_key_is_a_miss(make: Make) -> None:
+    engine = make()
+    tokens = prompt(1, 2)
+    engine.store(tokens, Pages(1))
+    other = ChunkLayout(chunk_size=CHUNK, payload_bytes=PAYLOAD_BYTES, description=b"another")
+    ticket = engine.prefetch_keys(engine.keys(tokens), layout=other)
+    assert ticket.done and not ticket.hits()
+    assert engine.why_missed(ticket, 0) == "layout"
+    engine.release(ticket)
+    assert engine.retrieve(tokens, Pages(1)) == 8

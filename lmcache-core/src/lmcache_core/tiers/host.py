@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache_core.envelope import HEADER_BYTES, stored_bytes
+from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.allocator import Allocator
 from lmcache_core.memory.arena import Arena
 from lmcache_core.policy.lru import Lru
@@ -34,7 +35,7 @@ class HostChunk:
     Attributes:
         key, parent: stored keys of this chunk and of the one before it in the prefix.
         offset: of the slot in the arena; the payload starts `HEADER_BYTES` later.
-        payload_bytes: length of the payload.
+        layout: of its payload.
         state: see `ChunkState`.
         pins: readers that need it to stay.
         doomed: dropped while pinned; freed with the last pin.
@@ -47,25 +48,30 @@ class HostChunk:
         "frame_lock",
         "framed",
         "key",
+        "layout",
         "offset",
         "origin",
         "parent",
-        "payload_bytes",
         "pins",
         "state",
     )  # fmt: skip
 
-    def __init__(self, key: bytes, parent: bytes | None, offset: int, payload_bytes: int) -> None:
+    def __init__(self, key: bytes, parent: bytes | None, offset: int, layout: ChunkLayout) -> None:
         self.key = key
         self.parent = parent
         self.offset = offset
-        self.payload_bytes = payload_bytes
+        self.layout = layout
         self.state = ChunkState.WRITING
         self.pins = 0
         self.doomed = False
         self.origin = ""
         self.frame_lock = threading.Lock()
         self.framed = False
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of the payload."""
+        return self.layout.payload_bytes
 
 
 class HostTier:
@@ -120,20 +126,20 @@ class HostTier:
                 return count
         return len(keys)
 
-    def reserve(self, key: bytes, parent: bytes | None, payload_bytes: int) -> HostChunk | None:
+    def reserve(self, key: bytes, parent: bytes | None, layout: ChunkLayout) -> HostChunk | None:
         """A WRITING slot for ``key``, evicting as needed.
 
         None when ``key`` already has a slot, or when everything else is pinned or written.
         """
         if key in self._chunks:
             return None
-        nbytes = stored_bytes(payload_bytes)
+        nbytes = stored_bytes(layout.payload_bytes)
         offset = self._allocator.alloc(nbytes)
         if offset is None:
             offset = self._evict_for(nbytes)
             if offset is None:
                 return None
-        chunk = HostChunk(key, parent, offset, payload_bytes)
+        chunk = HostChunk(key, parent, offset, layout)
         self._chunks[key] = chunk
         return chunk
 

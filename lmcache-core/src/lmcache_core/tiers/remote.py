@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from lmcache_core import envelope
 from lmcache_core.config import TierConfig
-from lmcache_core.layout import ChunkLayout
 from lmcache_core.logs import EventLog
 from lmcache_core.metrics import Metrics
 from lmcache_core.sdk import (
@@ -50,7 +49,6 @@ class RemoteTier:
         name: in metrics and hit reports.
         connector: open; the tier closes it.
         host: whose slots are read and written.
-        layout: of every chunk.
 
     Attributes:
         on_change: told each key that was stored here, and each that was deleted.
@@ -63,7 +61,6 @@ class RemoteTier:
         *,
         config: TierConfig,
         host: HostTier,
-        layout: ChunkLayout,
         runtime: Runtime,
         metrics: Metrics,
     ) -> None:
@@ -71,7 +68,6 @@ class RemoteTier:
         self.config = config
         self.connector = connector
         self._host = host
-        self._layout = layout
         self._runtime = runtime
         self._metrics = metrics
         self._log = EventLog(runtime.now_s)
@@ -194,7 +190,7 @@ class RemoteTier:
                 return [result.status]
             found = envelope.Verdict.LENGTH
             if result.nbytes == envelope.stored_bytes(chunk.payload_bytes):
-                found = envelope.verify(slot, key=chunk.key, layout=self._layout.fingerprint)
+                found = envelope.verify(slot, key=chunk.key, layout=chunk.layout.fingerprint)
             if found is not envelope.Verdict.OK:
                 verdict.append(found.value)
                 return [Status.CORRUPT]
@@ -351,7 +347,7 @@ class RemoteTier:
                 envelope.seal(
                     slot,
                     key=chunk.key,
-                    layout=self._layout.fingerprint,
+                    layout=chunk.layout.fingerprint,
                     payload_bytes=chunk.payload_bytes,
                 )
                 chunk.framed = True

@@ -1,0 +1,233 @@
+"""`ChunkEngine`: chunks by their keys, over all tiers; the only part that moves them.
+
+One thread owns an engine: it calls every method, and `poll` brings in what other threads
+have finished.  Nothing here waits for I/O, except `flush` and `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from lmcache_core.config import EngineConfig
+from lmcache_core.layout import ChunkLayout
+from lmcache_core.memory.arena import Arena
+from lmcache_core.metrics import Metrics
+from lmcache_core.misses import EvictedKeys
+from lmcache_core.prefetch import Prefetch, Prefetcher
+from lmcache_core.sdk import BackendClosed, Status
+from lmcache_core.tiers.host import HostChunk, HostTier
+from lmcache_core.tiers.remote import RemoteTier
+from lmcache_core.tiers.stack import TierStack
+from lmcache_core.transfer.executor import Runtime
+
+
+class ChunkEngine:
+    """prefetch / reserve / commit / abort / drop / close by stored keys, of any layout.
+
+    Args:
+        config: frozen settings.
+        arena: host memory; the engine closes it.
+        open_tiers: makes the tiers below host.
+        runtime: clock, threads and waiting; a simulation gives its own.
+
+    Attributes:
+        evicted: keys that left the host tier lately.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        arena: Arena,
+        open_tiers: Callable[[HostTier], Sequence[RemoteTier]] = lambda host: (),
+        runtime: Runtime | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.config = config
+        self.metrics = metrics or Metrics()
+        self.runtime = runtime or Runtime()
+        self.evicted = EvictedKeys()
+        self.host = HostTier(arena, self._evicted)
+        self.tiers = TierStack(open_tiers(self.host))
+        self._prefetcher = Prefetcher(
+            self.host,
+            self.tiers,
+            metrics=self.metrics,
+            now_s=self.runtime.now_s,
+            lose=self._lose,
+        )
+        self._lost: dict[int, HostChunk] = {}
+        self._lent: dict[int, list[HostChunk]] = {}
+        self._demoting = 0
+        self._closed = False
+        self.metrics.gauge("host.used_bytes", lambda: self.host.used_bytes)
+        for tier in self.tiers.readable:
+            self.metrics.gauge(f"{tier.name}.used_bytes", partial(getattr, tier, "used_bytes"))
+            self.metrics.gauge(f"{tier.name}.available", partial(getattr, tier, "available"))
+
+    def now_s(self) -> float:
+        """The engine's clock."""
+        return self.runtime.now_s()
+
+    @property
+    def settling(self) -> bool:
+        """Whether lower tiers still have answers to give within their deadlines."""
+        return self._demoting > 0 and self.tiers.settling
+
+    @property
+    def unsettled(self) -> int:
+        """Writes to lower tiers that have not ended."""
+        return self._demoting
+
+    def poll(self) -> int:
+        """Bring in finished work and look at deadlines; returns how much came in."""
+        count = self.runtime.completions.drain()
+        self.tiers.tick()
+        return count
+
+    def is_arriving(self, key: bytes) -> bool:
+        """Whether ``key`` is on its way to host from a lower tier."""
+        return key in self._prefetcher
+
+    def prefetch_keys(
+        self,
+        keys: Sequence[bytes],
+        *,
+        layout: ChunkLayout,
+        parent: bytes | None = None,
+        deadline_s: float | None = None,
+    ) -> Prefetch:
+        """Start moving ``keys`` to host; poll `Prefetch.done`, then `release`.
+
+        ``keys`` is a prefix, or the rest of one whose last earlier chunk is ``parent``.
+        """
+        self._check_open()
+        until_s = deadline_s or self.now_s() + self.config.lookup_deadline_s
+        return self._prefetcher.start(keys, parent, layout=layout, deadline_s=until_s)
+
+    def release(self, ticket: Prefetch) -> None:
+        """End the ticket: unpin its chunks, want no more of them."""
+        self._prefetcher.release(ticket)
+
+    def why_missed(self, ticket: Prefetch, index: int) -> str:
+        """Why chunk ``index`` of ``ticket`` is not here; "" when nobody knows it."""
+        known = ticket.why_missed(index)
+        return known or ("evicted" if ticket.keys[index] in self.evicted else "")
+
+    def reserve_key(
+        self, key: bytes, parent: bytes | None, *, layout: ChunkLayout
+    ) -> HostChunk | None:
+        """A slot to write, or None: already there, being written, or no room (counted)."""
+        if key in self.host:
+            return None
+        chunk = self.host.reserve(key, parent, layout)
+        if chunk is None:
+            self.metrics.counter("host.store_dropped").inc()
+        return chunk
+
+    def commit(self, chunks: Iterable[HostChunk]) -> None:
+        """The payloads are written: serve them, and write them through to every tier.
+
+        A chunk that was dropped since it was reserved is freed instead.
+        """
+        stored = 0
+        for chunk in chunks:
+            doomed = chunk.doomed
+            self.host.seal(chunk)
+            if not doomed:
+                stored += 1
+                self._demote(chunk)
+        for tier in self.tiers.writable:
+            tier.start_stores()
+        self.metrics.counter("host.stored").inc(stored)
+
+    def abort(self, chunks: Iterable[HostChunk]) -> None:
+        """The payloads will not be written."""
+        for chunk in chunks:
+            self.host.abort(chunk)
+
+    def drop(self, keys: Sequence[bytes]) -> None:
+        """Forget ``keys`` in every tier: their bytes are not to be trusted."""
+        self.host.drop(keys)
+        self.tiers.delete(keys)
+
+    def on_residency(self, changed: Callable[[str, bytes, bool], None]) -> None:
+        """Have ``changed`` told the tier, the key, and whether it is there now, in the owner's
+        thread.  What a store evicts by itself is not known."""
+        self.host.on_change = partial(changed, "host")
+        for tier in self.tiers.readable:
+            tier.on_change = partial(changed, tier.name)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Block until lower tiers have settled what was stored, or ``timeout_s``."""
+        self._wait(lambda: not self._demoting, timeout_s)
+        return not self._demoting
+
+    def close(self) -> bool:
+        """Flush for at most ``close_timeout_s``, then close tiers and memory.
+
+        Returns False when a call of a backend still runs: its threads are daemons and the
+        arena stays mapped for them.  Idempotent.
+        """
+        if self._closed:
+            return True
+        flushed = self.flush(self.config.close_timeout_s)
+        if not flushed:
+            self.metrics.counter("close.unflushed").inc(self._demoting)
+        self._closed = True
+        clean = self.tiers.close(1.0)
+        self.poll()
+        if clean and not (self._lost or self._lent):
+            self.host.arena.close()
+        return flushed and clean
+
+    def released(self, token: int) -> None:
+        """A buffer answered ABANDONED can't be touched any more; from any thread."""
+
+        def settle() -> None:
+            for lent in self._lent.pop(token, ()):
+                self.host.unpin(lent)
+            chunk = self._lost.pop(token, None)
+            if chunk is not None:
+                self.host.found(chunk)
+
+        self.runtime.completions.post(settle)
+
+    def _evicted(self, key: bytes) -> None:
+        self.metrics.counter("host.evicted").inc()
+        self.evicted.add(key)
+
+    def _lose(self, chunk: HostChunk, tier: RemoteTier) -> None:
+        self.host.lose(chunk)
+        self._lost[chunk.offset] = chunk
+        tier.count("lost_bytes", chunk.payload_bytes)
+
+    def _demote(self, chunk: HostChunk) -> None:
+        for tier in self.tiers.writable:
+            if tier.holds(chunk.key):
+                continue
+            self.host.pin(chunk)
+            self._demoting += 1
+            tier.store(chunk, lambda status: self._demoted(chunk, status))
+
+    def _demoted(self, chunk: HostChunk, status: Status) -> None:
+        self._demoting -= 1
+        if status is Status.ABANDONED:
+            # Native code may still read the slot: it stays pinned until it is released.
+            self._lent.setdefault(chunk.offset, []).append(chunk)
+            return
+        self.host.unpin(chunk)
+
+    def _wait(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        end_s = self.now_s() + timeout_s
+        while not ready():
+            left_s = end_s - self.now_s()
+            if left_s <= 0:
+                return
+            self.runtime.wait(min(left_s, 0.05))
+            self.poll()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendClosed("the engine was closed", op="engine", hint="open a new one")
