@@ -142,9 +142,17 @@ class Cache(Protocol):
         ...
 
     def prefetch(
-        self, keys: Sequence[bytes], *, parent: bytes | None = None, layout: int = 0
+        self,
+        keys: Sequence[bytes],
+        *,
+        parent: bytes | None = None,
+        layout: int = 0,
+        deadline_s: float | None = None,
     ) -> Ticket:
-        """Start moving ``keys`` to host, a prefix or the rest of one after ``parent``."""
+        """Start moving ``keys`` to host, a prefix or the rest of one after ``parent``.
+
+        Without a ``deadline_s``, on the clock of `now_s`, it is ``lookup_deadline_s`` from now.
+        """
         ...
 
     def why_missed(self, ticket: Ticket, index: int) -> str:
@@ -242,9 +250,16 @@ class EmbeddedCache:
         self.engine.runtime.wait(timeout_s)
 
     def prefetch(
-        self, keys: Sequence[bytes], *, parent: bytes | None = None, layout: int = 0
+        self,
+        keys: Sequence[bytes],
+        *,
+        parent: bytes | None = None,
+        layout: int = 0,
+        deadline_s: float | None = None,
     ) -> Prefetch:
-        return self.engine.prefetch_keys(keys, layout=self.layouts[layout], parent=parent)
+        return self.engine.prefetch_keys(
+            keys, layout=self.layouts[layout], parent=parent, deadline_s=deadline_s
+        )
 
     def why_missed(self, ticket: Ticket, index: int) -> str:
         assert isinstance(ticket, Prefetch)

@@ -85,8 +85,8 @@ class Engine:
 
     @property
     def cache(self) -> Any:
-        """The `CacheEngine` behind the scheduler's connector."""
-        return self.connector.scheduler._engine
+        """The `ChunkEngine` behind the scheduler's connector."""
+        return self.connector.scheduler.cache.engine
 
     @property
     def worker(self) -> Any:

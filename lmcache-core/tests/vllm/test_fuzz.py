@@ -114,7 +114,7 @@ def test_random_traffic_under_pressure_equals_the_run_without_cache(
     assert cached > 2000, "the traffic must hit"
     assert not engine.core.scheduler.requests
     scheduler, host = engine.connector.scheduler, engine.cache.host
-    assert not (scheduler._lookups.live or scheduler._storing or scheduler._loading)
+    assert not (scheduler._lookups.live or scheduler._stores or scheduler._loading)
     assert all(chunk.pins == 0 for chunk in host._chunks.values())
     counted = engine.cache.metrics.snapshot()
     assert counted.get("host.evicted", 0) > 0, "the host tier must be under pressure"

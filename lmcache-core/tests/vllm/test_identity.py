@@ -94,50 +94,78 @@ def test_what_cannot_be_identified_is_not_cached(
     assert identity.of(request(**changes)) == (None, reason)
 
 
-def full() -> Any:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+def spec(kind: str, **options: Any) -> Any:
+    from vllm.v1 import kv_cache_interface
 
-    return FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=32, dtype=torch.float32)
-
-
-def mla() -> Any:
-    from vllm.v1.kv_cache_interface import MLAAttentionSpec
-
-    return MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.float32)
+    shape = dict(block_size=128, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    return getattr(kv_cache_interface, kind)(**{**shape, **options})
 
 
-def sliding() -> Any:
-    from vllm.v1.kv_cache_interface import SlidingWindowSpec
-
-    return SlidingWindowSpec(
-        block_size=128, num_kv_heads=2, head_size=32, dtype=torch.float32, sliding_window=128
+def engine(*specs: Any, **changes: Any) -> tuple[Any, Any]:
+    """vLLM's two configurations, as far as they decide what is served."""
+    groups = [
+        SimpleNamespace(kv_cache_spec=one, is_eagle_group=changes.get("eagle", False))
+        for one in specs
+    ]
+    cacheable = range(changes.get("cacheable", len(groups)))
+    parallel = {"world_size": 1, "pipeline_parallel_size": 1, **changes.get("parallel", {})}
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        model_config=SimpleNamespace(is_encoder_decoder=changes.get("encoder", False)),
+        kv_transfer_config=SimpleNamespace(kv_role=changes.get("role", "kv_both")),
     )
+    return config, SimpleNamespace(kv_cache_groups=groups, prefix_cacheable_group_ids=cacheable)
+
+
+FULL = "FullAttentionSpec"
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [(FULL, {})],
+        [("MLAAttentionSpec", {"block_size": 16, "num_kv_heads": 1, "head_size": 576})],
+        [("SlidingWindowSpec", {"sliding_window": 128})],
+        [(FULL, {}), ("SlidingWindowSpec", {"sliding_window": 128})],
+    ],
+    ids=["full", "mla", "sliding", "hybrid"],
+)
+def test_full_sliding_and_latent_attention_are_served(specs: list[Any]) -> None:
+    refuse_unsupported(*engine(*(spec(kind, **options) for kind, options in specs)))
+
+
+def mamba() -> Any:
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    return MambaSpec(block_size=128, shapes=((2, 4),), dtypes=(torch.float32,))
 
 
 @pytest.mark.parametrize(
     ("specs", "changes", "words"),
     [
-        ([full], {}, ""),
-        ([mla], {}, "MLA"),
-        ([sliding], {}, "SlidingWindow"),
-        ([full, sliding], {}, "2 KV cache groups"),
-        ([full], {"world_size": 2}, "2 workers"),
-        ([full], {"kv_role": "kv_producer"}, "kv_role"),
+        ([], {}, "no KV cache"),
+        ([(FULL, {}), None], {}, "MambaSpec"),
+        ([("ChunkedLocalAttentionSpec", {"attention_chunk_size": 64})], {}, "ChunkedLocal"),
+        ([(FULL, {"attention_chunk_size": 64})], {}, "chunked local attention"),
+        ([("CrossAttentionSpec", {})], {}, "CrossAttentionSpec"),
+        ([(FULL, {})], {"encoder": True}, "encoder-decoder"),
+        ([(FULL, {})], {"eagle": True}, "draft layers"),
+        ([(FULL, {}), (FULL, {})], {"cacheable": 1}, "by their prefix"),
+        ([(FULL, {})], {"parallel": {"decode_context_parallel_size": 2}}, "decode_context"),
+        ([(FULL, {})], {"parallel": {"prefill_context_parallel_size": 2}}, "prefill_context"),
+        ([(FULL, {})], {"parallel": {"nnodes_within_dp": 2}}, "2 hosts"),
+        (
+            [(FULL, {}), ("SlidingWindowSpec", {"sliding_window": 128})],
+            {"parallel": {"pipeline_parallel_size": 2}},
+            "pipeline stages",
+        ),
+        ([(FULL, {})], {"role": "kv_producer"}, "kv_producer"),
     ],
-    ids=["full", "mla", "sliding", "hybrid", "tensor-parallel", "role"],
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_cannot_be_served_exactly_is_refused_with_the_reason(
     specs: list[Any], changes: dict[str, Any], words: str
 ) -> None:
-    config: Any = SimpleNamespace(
-        parallel_config=SimpleNamespace(world_size=changes.get("world_size", 1)),
-        kv_transfer_config=SimpleNamespace(kv_role=changes.get("kv_role", "kv_both")),
-    )
-    cache: Any = SimpleNamespace(
-        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs]
-    )
-    if not words:
-        refuse_unsupported(config, cache)
-        return
+    made = [mamba() if one is None else spec(one[0], **one[1]) for one in specs]
     with pytest.raises(ConfigError, match=words):
-        refuse_unsupported(config, cache)
+        refuse_unsupported(*engine(*made, **changes))

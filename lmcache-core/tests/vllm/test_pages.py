@@ -8,12 +8,23 @@ import torch
 
 from lmcache_core.envelope import stored_bytes
 from lmcache_core.integrations.vllm.device_pages import DevicePages
+from lmcache_core.integrations.vllm.geometry import Group
 from lmcache_core.integrations.vllm.metadata import Span
 from lmcache_core.integrations.vllm.pages import CpuPages, page_view
 from lmcache_core.memory.arena import Arena
 from lmcache_core.sdk import ConfigError
 
 LAYERS, BLOCKS, HEADS, TOKENS, WIDTH = 3, 12, 2, 16, 8
+PAGE_BYTES = HEADS * TOKENS * WIDTH * 4
+GROUP = Group.of(
+    index=0,
+    layers=LAYERS,
+    block_size=TOKENS,
+    page_bytes=PAGE_BYTES,
+    window=None,
+    chunk_size=4 * TOKENS,
+)
+NAMES = [f"layer.{i}" for i in range(LAYERS)]
 
 
 def caches(layout: str) -> dict[str, torch.Tensor]:
@@ -29,12 +40,11 @@ def caches(layout: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", [CpuPages, DevicePages])
 def test_pages_go_out_and_come_back(layout: str, kind: type) -> None:
     source, target = caches(layout), {k: torch.zeros_like(v) for k, v in caches(layout).items()}
-    per_chunk = 4
-    out, back = kind(source, per_chunk), kind(target, per_chunk)
-    slot_bytes = stored_bytes(out.payload_bytes)
+    out, back = kind(source, [(GROUP, NAMES)]), kind(target, [(GROUP, NAMES)])
+    slot_bytes = stored_bytes(GROUP.part_bytes)
     arena = Arena.create(2 * slot_bytes, prefault=False, warn=print)
-    away = [Span(0, 0, (3, 4, 5, 9)), Span(slot_bytes, 0, (0, 11, 2, 1))]
-    home = [Span(0, 1, (7, 6)), Span(slot_bytes, 0, (1, 2, 3, 4))]
+    away = [Span(0, 0, 0, 0, (3, 4, 5, 9)), Span(slot_bytes, 0, 0, 0, (0, 11, 2, 1))]
+    home = [Span(0, 0, 0, 1, (7, 6)), Span(slot_bytes, 0, 0, 0, (1, 2, 3, 4))]
     out.offload(arena, away)
     back.onboard(arena, home)
     want = {7: 4, 6: 5, 1: 0, 2: 11, 3: 2, 4: 1}
@@ -47,7 +57,7 @@ def test_pages_go_out_and_come_back(layout: str, kind: type) -> None:
 @pytest.mark.parametrize("layout", ["LHBNC", "BHLNC"])
 def test_layouts_without_whole_pages_are_refused(layout: str) -> None:
     with pytest.raises(ConfigError, match="not contiguous"):
-        CpuPages(caches(layout), 4)
+        CpuPages(caches(layout), [(GROUP, NAMES)])
 
 
 def test_a_page_view_is_no_copy() -> None:

@@ -181,7 +181,7 @@ def test_aborted_requests_leave_nothing_behind(
     engine: Engine = start(llama, extra)
     engine.run([PROMPTS[0]])
     engine.settle()
-    engine.cache.clear()
+    engine.connector.scheduler.cache.reset()
     llm_engine = engine.llm.llm_engine
     for steps in range(6):
         params = SamplingParams(temperature=0, max_tokens=8, detokenize=False)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
+from lmcache_core.cache import LocalArena
 from lmcache_core.config import EngineConfig
+from lmcache_core.integrations.vllm.geometry import Group
 from lmcache_core.integrations.vllm.metadata import (
-    ArenaHandle,
     Job,
     Span,
     StepMetadata,
@@ -20,10 +21,11 @@ from lmcache_core.integrations.vllm.worker import Worker
 from lmcache_core.memory.arena import Arena
 
 
+GROUP = Group.of(index=0, layers=1, block_size=128, page_bytes=64, window=None, chunk_size=256)
+
+
 class SlowPages:
     """Copies that wait for a gate, and fail when told."""
-
-    payload_bytes = 4096
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -46,10 +48,10 @@ def pages() -> SlowPages:
 
 @pytest.fixture
 def worker(pages: SlowPages) -> Iterator[Worker]:
-    made = Worker(EngineConfig(prefault=False), block_size=128, payload_bytes=4096)
+    made = Worker(EngineConfig(prefault=False), [(GROUP, ["layer"])])
     made._pages = pages
     arena = Arena.create(1 << 20, prefault=False, warn=print)
-    made.handle_step(StepMetadata(ArenaHandle(arena.ref, arena)))
+    made._attach(LocalArena(arena.ref, arena))
     yield made
     pages.gate.set()
     made.close()
@@ -57,12 +59,12 @@ def worker(pages: SlowPages) -> Iterator[Worker]:
 
 
 def step(worker: Worker, fence: set[int]) -> StepMetadata:
-    assert worker._arena is not None
-    return StepMetadata(ArenaHandle(worker._arena.ref, worker._arena), fence=frozenset(fence))
+    assert worker._handle is not None
+    return StepMetadata(worker._handle, fence=frozenset(fence))
 
 
 def job(number: int, *blocks: int, parked: bool = False) -> Job:
-    return Job(number, f"r{number}", (Span(0, 0, blocks),), parked)
+    return Job(number, f"r{number}", (Span(0, 0, 0, 0, blocks),), parked)
 
 
 def test_a_step_that_overwrites_other_pages_does_not_wait(worker: Worker, pages: SlowPages) -> None:

@@ -1,21 +1,24 @@
-"""From vLLM's configuration to an engine: what is refused, sizes, identity, tiers."""
+"""From vLLM's configuration to the two halves: what is refused, sizes, identity, tiers."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from lmcache_core.cache import Cache, EmbeddedCache
 from lmcache_core.config import EngineConfig
-from lmcache_core.engine import CacheEngine
+from lmcache_core.integrations.vllm.geometry import Geometry, Group
 from lmcache_core.integrations.vllm.identity import engine_namespace
 from lmcache_core.integrations.vllm.scheduler import Scheduler
-from lmcache_core.layout import ChunkLayout
+from lmcache_core.integrations.vllm.worker import Worker
+from lmcache_core.keys import Namespace
 from lmcache_core.logs import logger
-from lmcache_core.opening import open_engine
+from lmcache_core.opening import open_chunks
 from lmcache_core.sdk import ConfigError
 from lmcache_core.settings import load_config
 
@@ -32,12 +35,11 @@ class Plan:
     """What both roles derive alike from the same configuration."""
 
     config: EngineConfig
-    block_size: int
-    layout: ChunkLayout
+    geometry: Geometry
 
 
 def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
-    """Settings and layout for this engine.
+    """Settings and geometry for this engine.
 
     Raises:
         ConfigError: see `refuse_unsupported`, and the configuration's own errors.
@@ -46,9 +48,10 @@ def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
     config = load_config(transfer.kv_connector_extra_config)
-    group = kv_cache_config.kv_cache_groups[0]
-    spec = group.kv_cache_spec
-    step = math.lcm(spec.block_size, kv_cache_config.cache_hit_alignment_tokens or 1)
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    step = math.lcm(
+        *(spec.block_size for spec in specs), kv_cache_config.cache_hit_alignment_tokens or 1
+    )
     chunk_size = -(-config.chunk_size // step) * step
     if chunk_size != config.chunk_size:
         logger.warning(
@@ -56,71 +59,171 @@ def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
             config.chunk_size, step, chunk_size,
         )  # fmt: skip
         config = msgspec.structs.replace(config, chunk_size=chunk_size)
-    payload = len(group.layer_names) * (chunk_size // spec.block_size) * spec.page_size_bytes
-    description = f"{kv_cache_config.kv_cache_layout}/{spec!r}/{sorted(group.layer_names)}"
-    layout = ChunkLayout(
-        chunk_size=chunk_size, payload_bytes=payload, description=description.encode()
+    parallel = vllm_config.parallel_config
+    stages = parallel.pipeline_parallel_size
+    layers = _stage_layers(vllm_config) if stages > 1 else []
+    groups = [
+        Group.of(
+            index=index,
+            layers=max([len(group.layer_names), *layers]),
+            block_size=group.kv_cache_spec.block_size,
+            page_bytes=group.kv_cache_spec.page_size_bytes,
+            window=_window(group.kv_cache_spec),
+            chunk_size=chunk_size,
+        )
+        for index, group in enumerate(kv_cache_config.kv_cache_groups)
+    ]
+    geometry = Geometry.of(
+        groups,
+        chunk_size=chunk_size,
+        hit_step=step,
+        parts=parallel.world_size // kv_cache_config.kv_tp_replicas,
+        workers=parallel.world_size,
+        padded=len(set(layers)) > 1,
+        decode_only=_decode_only(vllm_config),
+        description=_page_description(kv_cache_config),
     )
-    return Plan(config, spec.block_size, layout)
+    return Plan(config, geometry)
 
 
 def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Refuse what can't be served exactly, with the reason.
 
     Raises:
-        ConfigError: several KV cache groups, other than full attention, MLA, more than one
-            worker, or a role other than ``kv_both``.
+        ConfigError: a kind of attention state other than full, sliding-window and MLA,
+            context parallelism, an encoder, draft layers, or a role other than ``kv_both``.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
-
-    groups = kv_cache_config.kv_cache_groups
-    parallel = vllm_config.parallel_config
-    transfer = vllm_config.kv_transfer_config
-    reason = ""
-    if len(groups) != 1:
-        kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
-        reason = f"the model has {len(groups)} KV cache groups ({', '.join(kinds)})"
-    elif isinstance(groups[0].kv_cache_spec, MLAAttentionSpec):
-        reason = "the model uses multi-head latent attention (MLA)"
-    elif type(groups[0].kv_cache_spec) is not FullAttentionSpec:
-        reason = f"the model's attention is {type(groups[0].kv_cache_spec).__name__}"
-    elif getattr(groups[0].kv_cache_spec, "sliding_window", None):
-        reason = "the model uses sliding-window attention"
-    elif parallel.world_size > 1:
-        reason = f"the engine has {parallel.world_size} workers"
-    elif getattr(parallel, "decode_context_parallel_size", 1) > 1:
-        reason = "decode context parallelism is on"
-    elif transfer is not None and transfer.kv_role != "kv_both":
-        reason = f"kv_role is {transfer.kv_role}"
+    reason = _why_not(vllm_config, kv_cache_config)
     if reason:
         raise ConfigError(
             f"LMCacheCoreConnector can't cache this engine exactly: {reason}",
-            hint="served are full-attention models with one worker and kv_role kv_both; "
-            "remove --kv-transfer-config to run without the connector",
+            hint="served are decoders with full, sliding-window or MLA attention and kv_role "
+            "kv_both; remove --kv-transfer-config to run without the connector",
         )
+
+
+def _why_not(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
+    served = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec)
+    groups, parallel = kv_cache_config.kv_cache_groups, vllm_config.parallel_config
+    transfer = vllm_config.kv_transfer_config
+    others = sorted(
+        {type(g.kv_cache_spec).__name__ for g in groups if type(g.kv_cache_spec) not in served}
+    )
+    if not groups:
+        return "the model has no KV cache"
+    if others:
+        return f"the model keeps state of the kind {', '.join(others)}"
+    if len(kv_cache_config.prefix_cacheable_group_ids) < len(groups):
+        return "the model has groups of layers whose pages can't be found again by their prefix"
+    if any(getattr(g.kv_cache_spec, "attention_chunk_size", None) for g in groups):
+        return "the model uses chunked local attention"
+    if any(group.is_eagle_group for group in groups):
+        return "the engine speculates with draft layers of its own (EAGLE, MTP)"
+    if vllm_config.model_config.is_encoder_decoder:
+        return "the model is an encoder-decoder"
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} is {getattr(parallel, name)}"
+    if parallel.pipeline_parallel_size > 1 and len(groups) > 1:
+        return "the model mixes kinds of attention over pipeline stages"
+    if getattr(parallel, "nnodes_within_dp", 1) > 1:
+        return f"its workers are spread over {parallel.nnodes_within_dp} hosts"
+    if transfer is not None and transfer.kv_role != "kv_both":
+        return f"kv_role is {transfer.kv_role}"
+    return ""
 
 
 def build_scheduler(
     plan: Plan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> Scheduler:
-    """The scheduler's half, with its engine open."""
-    engine: CacheEngine = open_engine(
-        plan.config,
-        layout=plan.layout,
-        # Hashed while the arena is being prefaulted.
-        namespace=lambda: engine_namespace(vllm_config, kv_cache_config),
-    )
-    if plan.config.prefault:
-        # Page faults in the first requests would cost more than they do now.
-        engine.host.arena.wait_prefaulted(PREFAULT_LIMIT_S)
+    """The scheduler's half, with its cache open."""
+    layouts = [kind.layout for kind in plan.geometry.kinds]
+    found: list[Namespace] = []
+
+    def identify() -> None:
+        found.append(engine_namespace(vllm_config, kv_cache_config))
+
+    cache: Cache
+    if plan.config.node:
+        from lmcache_core.node.client import connect
+
+        identify()
+        cache = connect(plan.config, layouts)
+    else:
+        # The weights are hashed while the arena is being prefaulted.
+        engine = open_chunks(plan.config, layouts=layouts, meanwhile=identify)
+        if plan.config.prefault:
+            # Page faults in the first requests would cost more than they do now.
+            engine.host.arena.wait_prefaulted(PREFAULT_LIMIT_S)
+        cache = EmbeddedCache(engine, layouts)
     logger.info(
-        "KV cache: host %.1f GiB, chunks of %d tokens (%.1f MiB), tiers %s, pid %d",
-        plan.config.host_bytes / (1 << 30),
+        "KV cache: host %.1f GiB, chunks of %d tokens (%.1f MiB), %s, pid %d",
+        cache.capacity_bytes / (1 << 30),
         plan.config.chunk_size,
-        plan.layout.payload_bytes / (1 << 20),
-        [tier.name for tier in engine.tiers.readable],
+        plan.geometry.slot_bytes / (1 << 20),
+        plan.config.node or [tier.url.partition(":")[0] for tier in plan.config.tiers],
         os.getpid(),
     )
     wanted = vllm_config.kv_events_config
     events = wanted is not None and wanted.enable_kv_cache_events
-    return Scheduler(engine, block_size=plan.block_size, events=events)
+    return Scheduler(cache, namespace=found[0], geometry=plan.geometry, events=events)
+
+
+def build_worker(plan: Plan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Worker:
+    """A worker's half."""
+    by_index = {group.index: group for group in plan.geometry.groups}
+    named: list[tuple[Group, Sequence[str]]] = [
+        (by_index[index], tuple(group.layer_names))
+        for index, group in enumerate(kv_cache_config.kv_cache_groups)
+    ]
+    return Worker(
+        plan.config,
+        named,
+        rank=_rank(vllm_config),
+        workers=plan.geometry.workers,
+        parts=plan.geometry.parts,
+    )
+
+
+def _rank(vllm_config: VllmConfig) -> int:
+    """Of this worker among those of one engine: pipeline stage first, then tensor rank."""
+    if vllm_config.parallel_config.world_size == 1:
+        return 0
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    tensor: Any = get_tp_group()
+    return int(get_pp_group().rank_in_group * tensor.world_size + tensor.rank_in_group)
+
+
+def _window(spec: Any) -> int | None:
+    """Tokens before a position that must be there to compute it; see vLLM's
+    ``SlidingWindowManager.get_num_skipped_tokens``."""
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    if not isinstance(spec, SlidingWindowSpec):
+        return None
+    return int(spec.sliding_window - 1 + spec.extra_retained_tokens)
+
+
+def _decode_only(vllm_config: VllmConfig) -> bool:
+    """Whether the backend ignores cached tokens when it prefills: vLLM's reference MLA on CPUs
+    without AMX, for which it turns chunked prefill off."""
+    chunked = vllm_config.scheduler_config.enable_chunked_prefill
+    return bool(vllm_config.model_config.use_mla and not chunked)
+
+
+def _stage_layers(vllm_config: VllmConfig) -> list[int]:
+    """Layers of each pipeline stage."""
+    from vllm.distributed.utils import get_pp_indices
+
+    total = vllm_config.model_config.get_total_num_hidden_layers()
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    ranges = [get_pp_indices(total, stage, stages) for stage in range(stages)]
+    return [end - start for start, end in ranges]
+
+
+def _page_description(kv_cache_config: KVCacheConfig) -> bytes:
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    return f"{kv_cache_config.kv_cache_layout}/{specs!r}".encode()

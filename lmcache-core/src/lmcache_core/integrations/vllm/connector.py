@@ -14,11 +14,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
-from lmcache_core.integrations.vllm.build import Plan, build_scheduler, plan_for
+from lmcache_core.integrations.vllm.build import Plan, build_scheduler, build_worker, plan_for
 from lmcache_core.integrations.vllm.metadata import StepMetadata
 from lmcache_core.integrations.vllm.scheduler import Scheduler
 from lmcache_core.integrations.vllm.stats import PromMetrics, Stats
@@ -51,9 +52,7 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = build_scheduler(plan, vllm_config, kv_cache_config)
         else:
-            self._worker = Worker(
-                plan.config, block_size=plan.block_size, payload_bytes=plan.layout.payload_bytes
-            )
+            self._worker = build_worker(plan, vllm_config, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -134,6 +133,12 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return None, self.worker.finished_loads() or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        finished = self.worker.finished_loads()
+        return KVConnectorTransferResults(
+            finished_recving=finished, failed_recving=self.worker.failed_loads()
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker.failed_blocks()

@@ -6,17 +6,16 @@ CPU tensors, where the stream is a no-op.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from lmcache_core.envelope import HEADER_BYTES
+from lmcache_core.integrations.vllm.geometry import Group
 from lmcache_core.integrations.vllm.metadata import Span
-from lmcache_core.integrations.vllm.pages import page_view, runs
+from lmcache_core.integrations.vllm.pages import group_views, part_start, runs
 from lmcache_core.memory.arena import Arena
-from lmcache_core.sdk import ConfigError
 
 
 class DevicePages:
@@ -26,15 +25,19 @@ class DevicePages:
     pending), and return when the last byte has moved.
     """
 
-    def __init__(self, kv_caches: Mapping[str, torch.Tensor], blocks_per_chunk: int) -> None:
-        self._layers = [page_view(t, name) for name, t in sorted(kv_caches.items())]
-        if len({tuple(layer.shape) for layer in self._layers}) != 1:
-            raise ConfigError("layers have pages of different sizes")
-        self.page_bytes = int(self._layers[0].shape[1])
-        self.payload_bytes = len(self._layers) * blocks_per_chunk * self.page_bytes
-        self._blocks_per_chunk = blocks_per_chunk
-        self._cuda = self._layers[0].is_cuda
-        device = self._layers[0].device
+    def __init__(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        groups: Sequence[tuple[Group, Sequence[str]]],
+        *,
+        part: int = 0,
+    ) -> None:
+        self._groups = {group.index: group for group, _ in groups}
+        self._views = {g.index: group_views(kv_caches, g, names) for g, names in groups}
+        self._part = part
+        first = next(iter(self._views.values()))[0]
+        self._cuda = first.is_cuda
+        device = first.device
         self._compute: Any = torch.cuda.current_stream(device) if self._cuda else None
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
 
@@ -47,16 +50,16 @@ class DevicePages:
         self._move(arena, spans, to_host=False)
 
     def _move(self, arena: Arena, spans: Iterable[Span], *, to_host: bool) -> None:
-        shape = (len(self._layers), self._blocks_per_chunk, self.page_bytes)
         if self._cuda:
             self._stream.wait_stream(self._compute)
         with torch.cuda.stream(self._stream) if self._cuda else nullcontext():
             for span in spans:
-                start = span.slot_offset + HEADER_BYTES
-                slot = torch.from_numpy(arena.array[start : start + self.payload_bytes])
-                rows = slot.view(shape)
+                group = self._groups[span.group]
+                start = part_start(span, group, self._part)
+                part = torch.from_numpy(arena.array[start : start + group.part_bytes])
+                rows = part.view(group.layers, group.stored_blocks, group.page_bytes)
                 for at, block, count in runs(span):
-                    for row, layer in enumerate(self._layers):
+                    for row, layer in enumerate(self._views[span.group]):
                         host = rows[row, at : at + count]
                         device = layer[block : block + count]
                         target, source = (host, device) if to_host else (device, host)

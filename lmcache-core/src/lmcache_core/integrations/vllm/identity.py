@@ -48,7 +48,7 @@ def engine_namespace(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
             "weights of load_format=dummy have no identity",
             hint="load real weights, or run without the connector",
         )
-    group = kv_cache_config.kv_cache_groups[0]
+    groups = kv_cache_config.kv_cache_groups
     return Namespace.of(
         {
             "engine": "vllm",
@@ -61,8 +61,8 @@ def engine_namespace(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
             "kv_cache_dtype": str(cache.cache_dtype),
             "kv_scales": bool(getattr(cache, "calculate_kv_scales", False)),
             "kv_layout": str(kv_cache_config.kv_cache_layout),
-            "kv_spec": repr(group.kv_cache_spec),
-            "layers": list(group.layer_names),
+            "kv_spec": [repr(group.kv_cache_spec) for group in groups],
+            "layers": [list(group.layer_names) for group in groups],
             "attention": str(getattr(vllm_config.attention_config, "backend", None)),
             "isa": _isa(),
             "tensor_parallel": parallel.tensor_parallel_size,

@@ -9,15 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lmcache_core.engine import CacheEngine
+from lmcache_core.cache import Cache
+from lmcache_core.envelope import stored_bytes
+from lmcache_core.integrations.vllm.geometry import Geometry
 from lmcache_core.integrations.vllm.identity import RequestIdentity
-from lmcache_core.keys import ChunkHasher
+from lmcache_core.integrations.vllm.matches import Match
+from lmcache_core.keys import ChunkHasher, Namespace
 from lmcache_core.logs import logger
-from lmcache_core.prefetch import Prefetch
-from lmcache_core.tiers.host import HostChunk
+from lmcache_core.misses import MissLog
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+MAX_HASHERS = 4096
+"""Tenants and adapters whose hasher is kept."""
 
 
 @dataclass(slots=True)
@@ -25,10 +30,9 @@ class Tracked:
     """One live request.
 
     Attributes:
-        keys: stored keys of its whole chunks so far; digests are computed once.
-        ticket: its prefix on the way to host, from chunk ``first_chunk`` on.
-        ahead_bytes: host memory that the ticket may hold before the request's turn.
-        computed: tokens that the device had when the request was asked about last.
+        keys: stored keys of its whole chunks so far, first kind; digests are computed once.
+        match: its prefix on the way to host.
+        ahead_bytes: host memory that the match may hold before the request's turn.
         asked_s: when it was asked about first; 0.0 before.
         noted: its lookup has been counted; a preempted request looks again.
         tail: key of the prompt's last chunk when that is not full and such are stored, with
@@ -43,10 +47,8 @@ class Tracked:
     hasher: ChunkHasher
     digests: list[bytes] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
-    ticket: Prefetch | None = None
-    first_chunk: int = 0
+    match: Match | None = None
     ahead_bytes: int = 0
-    computed: int = 0
     asked_s: float = 0.0
     noted: bool = False
     tail: bytes | None = None
@@ -66,7 +68,7 @@ class Lookups:
     """The live requests by id.
 
     Args:
-        block_size: tokens in a block; divides the chunk size.
+        namespace: of the engine.
         on_keys: told a request and its number of keys before, when it has new ones.
 
     Attributes:
@@ -75,25 +77,32 @@ class Lookups:
 
     def __init__(
         self,
-        engine: CacheEngine,
+        cache: Cache,
+        namespace: Namespace,
+        geometry: Geometry,
         *,
-        block_size: int,
         on_keys: NewKeys = lambda tracked, before: None,
     ) -> None:
-        self._engine = engine
-        self._block_size = block_size
-        self._chunk_size = engine.config.chunk_size
+        self._cache = cache
+        self._geometry = geometry
+        self._chunk_size = geometry.chunk_size
         self._on_keys = on_keys
-        self._identity = RequestIdentity(engine.namespace)
+        self._identity = RequestIdentity(namespace)
+        self._misses = MissLog()
+        self._hashers: dict[bytes, ChunkHasher] = {}
         self._refused: set[str] = set()
         self._ahead_bytes = 0
-        self._max_ahead_bytes = engine.config.max_prefetch_bytes or engine.host.capacity_bytes // 4
+        self._max_ahead_bytes = cache.config.max_prefetch_bytes or cache.capacity_bytes // 4
+        self._slot_bytes = sum(stored_bytes(k.layout.payload_bytes) for k in geometry.kinds)
+        self._store_partial = cache.config.store_partial_chunk and geometry.hit_step < (
+            geometry.chunk_size
+        )
         self.live: dict[str, Tracked] = {}
 
     @property
     def waiting(self) -> bool:
         """Whether some request's prefix is still on its way."""
-        return any(t.ticket is not None and not t.ticket.done for t in self.live.values())
+        return any(t.match is not None and not t.match.done for t in self.live.values())
 
     @property
     def ahead_bytes(self) -> int:
@@ -103,15 +112,15 @@ class Lookups:
     def arrived(self, request: Request) -> None:
         """A request came: its prefix starts to move to host while it waits for its turn."""
         tracked = self._track(request)
-        if tracked is None or request.skip_reading_prefix_cache or tracked.ticket is not None:
+        if tracked is None or request.skip_reading_prefix_cache or tracked.match is not None:
             return
         usable = self._usable(request)
         self.extend_keys(tracked)
-        ahead_bytes = -(-usable // self._chunk_size) * self._engine.slot_bytes
+        ahead_bytes = -(-usable // self._chunk_size) * self._slot_bytes
         if not usable or self._ahead_bytes + ahead_bytes > self._max_ahead_bytes:
             self._count("prefetch_not_ahead")
             return
-        self._start(tracked, usable, 0)
+        tracked.match = self._start(tracked, usable, 0)
         tracked.ahead_bytes = ahead_bytes
         self._ahead_bytes += ahead_bytes
 
@@ -122,43 +131,41 @@ class Lookups:
             return 0
         if tracked.frozen or tracked.load_failed:
             return 0
-        tracked.asked_s = tracked.asked_s or self._engine.now_s()
+        tracked.asked_s = tracked.asked_s or self._cache.now_s()
         usable = self._usable(request)
         if computed >= usable:
             self.release(tracked)
             return 0
         self.extend_keys(tracked)
-        first = computed // self._chunk_size
-        if not self._covers(tracked, first):
+        match = tracked.match
+        if match is None or not self._covers(match, computed):
             self.release(tracked)
-            self._start(tracked, usable, first)
-        tracked.computed = computed
-        assert tracked.ticket is not None
-        if not tracked.ticket.done:
+            match = tracked.match = self._start(tracked, usable, computed)
+        match.computed = computed
+        if not match.done:
             return None
-        count = first + len(tracked.ticket.hits(first - tracked.first_chunk))
-        end = tracked.tail_end if count > len(tracked.keys) else count * self._chunk_size
+        end = tracked.tail_end if match.end > len(tracked.keys) else match.end * self._chunk_size
         matched = max(0, min(end, usable) - computed)
+        if self._geometry.decode_only and computed + matched != request.num_tokens - 1:
+            matched = 0
         if not tracked.noted:
-            self._note_lookup(tracked, count, matched)
+            self._note_lookup(tracked, match, matched)
         if not matched:
             self.release(tracked)
         return matched
 
-    def take(self, tracked: Tracked) -> tuple[Prefetch, list[HostChunk]]:
-        """The ticket, which is the caller's to release, and the chunks after what the device
-        has, pinned by it."""
-        ticket, tracked.ticket = tracked.ticket, None
-        assert ticket is not None
+    def take(self, tracked: Tracked) -> Match:
+        """The match, which is the caller's to release."""
+        match, tracked.match = tracked.match, None
+        assert match is not None
         self._ahead_bytes -= tracked.ahead_bytes
         tracked.ahead_bytes = 0
-        skipped = tracked.computed // self._chunk_size - tracked.first_chunk
-        return ticket, ticket.hits(max(0, skipped))
+        return match
 
     def release(self, tracked: Tracked) -> None:
         """End the request's prefetch, if it has one."""
-        if tracked.ticket is not None:
-            self._engine.release(self.take(tracked)[0])
+        if tracked.match is not None:
+            self.take(tracked).release()
 
     def finished(self, request_id: str) -> Tracked | None:
         """The request ended or was aborted."""
@@ -166,12 +173,12 @@ class Lookups:
         tracked = self.live.pop(request_id, None)
         if tracked is not None:
             self.release(tracked)
-            self._engine.host.touch(tracked.keys)
+            self._cache.touch(tracked.keys)
         return tracked
 
-    def reset(self) -> None:
+    def reset(self, namespace: Namespace) -> None:
         """The engine has another namespace: what is live caches nothing more."""
-        self._identity = RequestIdentity(self._engine.namespace)
+        self._identity = RequestIdentity(namespace)
         for tracked in self.live.values():
             self.release(tracked)
             tracked.frozen = True
@@ -183,24 +190,26 @@ class Lookups:
         if whole > before:
             tokens = tracked.request.all_token_ids[: whole * size]
             tracked.digests = tracked.hasher.extend(tracked.digests, tokens)
-            fresh = tracked.digests[before:]
-            tracked.keys += self._engine.keys_of(fresh, tracked.hasher.namespace)
+            tracked.keys += [self._key(tracked, digest) for digest in tracked.digests[before:]]
             self._on_keys(tracked, before)
-        if self._engine.config.store_partial_chunk:
+        if self._store_partial:
             self._find_tail(tracked)
 
-    def note_hits(self, tracked: Tracked, ticket: Prefetch, hits: list[HostChunk], n: int) -> None:
-        """``n`` tokens of ``hits`` are being loaded."""
+    def note_hits(self, tracked: Tracked, match: Match, n: int) -> None:
+        """``n`` tokens of ``match`` are being loaded."""
         tracked.cached_tokens = {}
-        at, end = tracked.computed, tracked.computed + n
-        for i, chunk in enumerate(hits, tracked.computed // self._chunk_size):
+        at, end = match.computed, match.computed + n
+        for i in range(match.computed // self._chunk_size, match.end):
             upto = min((i + 1) * self._chunk_size, end)
             if upto > at:
-                tier = ticket.sources.get(chunk.key, "host")
+                tier = match.sources.get(match.key(i), "host")
                 tracked.cached_tokens[tier] = tracked.cached_tokens.get(tier, 0) + upto - at
                 at = upto
         for tier, tokens in tracked.cached_tokens.items():
             self._count(f"hit_tokens.{tier}", tokens)
+
+    def _key(self, tracked: Tracked, digest: bytes) -> bytes:
+        return tracked.hasher.namespace.tag + digest + self._geometry.kinds[0].suffix
 
     def _track(self, request: Request) -> Tracked | None:
         req_id = request.request_id
@@ -212,65 +221,75 @@ class Lookups:
                 self._count(f"not_cached.{reason}")
                 logger.debug("not cached request_id=%s reason=%s", req_id, reason)
                 return None
-            tracked = Tracked(request, self._engine.hasher(namespace))
+            tracked = Tracked(request, self._hasher(namespace))
             self.live[req_id] = tracked
-            self._engine.misses.saw(request.all_token_ids[: self._chunk_size], namespace)
+            self._misses.saw(request.all_token_ids[: self._chunk_size], namespace)
         return tracked
 
+    def _hasher(self, namespace: Namespace) -> ChunkHasher:
+        if namespace.tag not in self._hashers:
+            if len(self._hashers) >= MAX_HASHERS:
+                self._hashers.clear()
+            self._hashers[namespace.tag] = ChunkHasher(
+                namespace,
+                chunk_size=self._chunk_size,
+                algorithm=self._cache.config.hash_algorithm,
+            )
+        return self._hashers[namespace.tag]
+
     def _find_tail(self, tracked: Tracked) -> None:
-        prompt = tracked.request.num_prompt_tokens
-        whole, end = prompt // self._chunk_size, prompt // self._block_size * self._block_size
+        prompt, step = tracked.request.num_prompt_tokens, self._geometry.hit_step
+        whole, end = prompt // self._chunk_size, prompt // step * step
         if len(tracked.keys) > whole or end == whole * self._chunk_size:
             tracked.tail = None
         elif tracked.tail is None:
             tokens = tracked.request.all_token_ids[whole * self._chunk_size : end]
             previous = tracked.digests[-1] if whole else None
-            digest = tracked.hasher.partial(previous, tokens)
-            tracked.tail = self._engine.keys_of([digest], tracked.hasher.namespace)[0]
+            tracked.tail = self._key(tracked, tracked.hasher.partial(previous, tokens))
             tracked.tail_end = end
 
     def _usable(self, request: Request) -> int:
-        """Tokens that a load may bring: whole blocks, and at least one is left to compute."""
-        return (request.num_tokens - 1) // self._block_size * self._block_size
+        """Tokens that a load may bring: whole steps, and at least one is left to compute."""
+        return (request.num_tokens - 1) // self._geometry.hit_step * self._geometry.hit_step
 
-    def _start(self, tracked: Tracked, usable: int, first: int) -> None:
+    def _start(self, tracked: Tracked, usable: int, computed: int) -> Match:
         last = -(-usable // self._chunk_size)
-        keys = tracked.keys[first:last]
+        keys = tracked.keys[:last]
         if tracked.tail is not None and last > len(tracked.keys):
             keys.append(tracked.tail)
-        parent = tracked.keys[first - 1] if first else None
-        tracked.ticket = self._engine.prefetch(keys, parent=parent)
-        tracked.first_chunk = first
+        first = computed // self._chunk_size
+        return Match(self._cache, self._geometry, keys, first=first, computed=computed)
 
-    def _covers(self, tracked: Tracked, first: int) -> bool:
-        """Whether the ticket will say what is there from chunk ``first`` on."""
-        ticket, skipped = tracked.ticket, first - tracked.first_chunk
-        if ticket is None or skipped < 0:
-            return False
+    def _covers(self, match: Match, computed: int) -> bool:
+        """Whether the match will say what is there after ``computed`` tokens."""
+        skipped = computed // self._chunk_size - match.first
+        if len(self._geometry.kinds) > 1:
+            # Its window was chosen for what the device had then.
+            return computed == match.computed
         # A prefix that ended before says nothing about what the device does not need.
-        return not skipped or not ticket.done or len(ticket.hits()) >= skipped
+        return skipped == 0 or (
+            skipped > 0 and (not match.done or match.end - match.first >= skipped)
+        )
 
-    def _note_lookup(self, tracked: Tracked, count: int, matched: int) -> None:
+    def _note_lookup(self, tracked: Tracked, match: Match, matched: int) -> None:
         """Count what was asked for and, when chunks are missing, why the first of them is."""
-        request, ticket = tracked.request, tracked.ticket
-        assert ticket is not None
+        request = tracked.request
         tracked.noted = True
         self._count("requested_tokens", request.num_tokens)
-        waited_s = self._engine.now_s() - tracked.asked_s
-        self._engine.metrics.histogram("lookup_seconds").observe(waited_s)
-        position = count - tracked.first_chunk
-        missing = len(ticket.keys) - position
+        waited_s = self._cache.now_s() - tracked.asked_s
+        self._cache.metrics.histogram("lookup_seconds").observe(waited_s)
+        missing = match.asked - match.end
         reason = ""
         if missing > 0:
             first_chunk = request.all_token_ids[: self._chunk_size]
-            reason = ticket.why_missed(position) or self._engine.misses.explain(
-                ticket.keys[position], first_chunk, tracked.hasher.namespace
+            reason = match.why_missed() or self._misses.explain(
+                first_chunk, tracked.hasher.namespace
             )
-            self._engine.metrics.counter(f"miss.{reason}").inc(missing)
+            self._cache.metrics.counter(f"miss.{reason}").inc(missing)
         logger.debug(
             "lookup request_id=%s tokens=%d hit_tokens=%d missed_chunks=%d reason=%s wait_s=%.4f",
             request.request_id, request.num_tokens, matched, missing, reason or "none", waited_s,
         )  # fmt: skip
 
     def _count(self, name: str, amount: int = 1) -> None:
-        self._engine.metrics.counter(f"vllm.{name}").inc(amount)
+        self._cache.metrics.counter(f"vllm.{name}").inc(amount)

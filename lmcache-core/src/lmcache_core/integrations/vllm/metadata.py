@@ -5,7 +5,6 @@ Both travel inside vLLM's own objects; they hold plain values only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -13,44 +12,24 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmcache_core.memory.arena import Arena, ArenaRef
-
-
-class ArenaHandle:
-    """The host tier's memory, as a worker gets it: the live arena where scheduler and worker
-    share a process, else a reference to map.  Only the reference is ever pickled."""
-
-    __slots__ = ("_live", "ref")
-
-    def __init__(self, ref: ArenaRef, live: Arena | None = None) -> None:
-        self.ref = ref
-        self._live = live
-
-    def __reduce__(self) -> tuple[type[ArenaHandle], tuple[ArenaRef]]:
-        return ArenaHandle, (self.ref,)
-
-    def attach(self, *, warn: Callable[[str], None], prefault: bool) -> tuple[Arena, bool]:
-        """The arena, and whether it is the caller's to close.
-
-        Raises:
-            ArenaError: it can't be mapped here.
-        """
-        if self._live is not None:
-            return self._live, False
-        return Arena.attach(self.ref, warn=warn, prefault=prefault), True
+from lmcache_core.cache import ArenaHandle
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive blocks of one chunk.
+    """Consecutive blocks of one group in one chunk.
 
     Attributes:
         slot_offset: of the chunk's slot in the arena, in bytes.
-        first_block: index inside the chunk of the first block that moves.
+        at: where the group's bytes start in the payload; a worker's part lies further on.
+        group: index in vLLM's configuration.
+        first_block: index among the group's stored blocks of the first that moves.
         block_ids: engine pages, in order.
     """
 
     slot_offset: int
+    at: int
+    group: int
     first_block: int
     block_ids: tuple[int, ...]
 
@@ -88,6 +67,20 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
 
     done: dict[int, int] = field(default_factory=dict)
     failed: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def jobs(self) -> set[int]:
+        """Every job that some worker has ended."""
+        return self.done.keys() | self.failed.keys()
+
+    def ended(self, job_id: int) -> tuple[int, int]:
+        """How many workers have done the job, and failed it."""
+        return self.done.get(job_id, 0), self.failed.get(job_id, 0)
+
+    def forget(self, job_id: int) -> None:
+        """Count the job no more."""
+        self.done.pop(job_id, None)
+        self.failed.pop(job_id, None)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
         """Sum of the counts of two workers."""

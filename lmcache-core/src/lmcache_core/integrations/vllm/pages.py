@@ -6,7 +6,7 @@ backend K is transposed in a page, and packed differently with AMX.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmcache_core.envelope import HEADER_BYTES
+from lmcache_core.integrations.vllm.geometry import Group
 from lmcache_core.integrations.vllm.metadata import Span
 from lmcache_core.memory.arena import Arena
 from lmcache_core.sdk import ConfigError
@@ -52,6 +53,27 @@ def page_view(tensor: torch.Tensor, name: str) -> torch.Tensor:
     )
 
 
+def group_views(
+    kv_caches: Mapping[str, torch.Tensor], group: Group, names: Sequence[str]
+) -> list[torch.Tensor]:
+    """Pages of this worker's layers of ``group``, in the order of their names.
+
+    Raises:
+        ConfigError: pages of another size than the scheduler reckons with.
+    """
+    views = [page_view(kv_caches[name], name) for name in sorted(names)]
+    for view, name in zip(views, sorted(names)):
+        if view.shape[1] != group.page_bytes:
+            raise ConfigError(
+                f"a page of layer {name} has {view.shape[1]} bytes in this worker, "
+                f"{group.page_bytes} by the scheduler",
+                hint="all layers must have the page size of their KV cache specification",
+            )
+    if len(views) > group.layers:
+        raise ConfigError(f"{len(views)} layers in a group of at most {group.layers}")
+    return views
+
+
 class CpuPages:
     """Copies between pages in host memory and slots of the arena.
 
@@ -59,17 +81,23 @@ class CpuPages:
 
     Args:
         kv_caches: layer name to tensor, as vLLM registers them.
-        blocks_per_chunk: blocks in a chunk.
+        groups: each with the names of this worker's layers in it.
+        part: number of this worker's bytes in every slot.
     """
 
-    def __init__(self, kv_caches: Mapping[str, torch.Tensor], blocks_per_chunk: int) -> None:
-        layers = [page_view(t, name).numpy() for name, t in sorted(kv_caches.items())]
-        if len({layer.shape for layer in layers}) != 1:
-            raise ConfigError("layers have pages of different sizes")
-        self.page_bytes = layers[0].shape[1]
-        self.payload_bytes = len(layers) * blocks_per_chunk * self.page_bytes
-        self._blocks_per_chunk = blocks_per_chunk
-        self._views = _as_one(layers)
+    def __init__(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        groups: Sequence[tuple[Group, Sequence[str]]],
+        *,
+        part: int = 0,
+    ) -> None:
+        self._groups = {group.index: group for group, _ in groups}
+        self._views = {
+            group.index: _as_one([v.numpy() for v in group_views(kv_caches, group, names)])
+            for group, names in groups
+        }
+        self._part = part
 
     def offload(self, arena: Arena, spans: Iterable[Span]) -> None:
         """Copy pages into slots."""
@@ -82,21 +110,26 @@ class CpuPages:
             np.copyto(pages, slot)
 
     def _pairs(self, arena: Arena, spans: Iterable[Span]) -> Iterable[tuple[U8, U8]]:
-        layers = sum(view.shape[0] for view in self._views)
-        shape = (layers, self._blocks_per_chunk, self.page_bytes)
         for span in spans:
-            start = span.slot_offset + HEADER_BYTES
-            slot = arena.array[start : start + self.payload_bytes].reshape(shape)
+            group = self._groups[span.group]
+            start = part_start(span, group, self._part)
+            shape = (group.layers, group.stored_blocks, group.page_bytes)
+            part = arena.array[start : start + group.part_bytes].reshape(shape)
             for at, block, count in runs(span):
                 row = 0
-                for view in self._views:
-                    rows = slot[row : row + view.shape[0], at : at + count]
+                for view in self._views[span.group]:
+                    rows = part[row : row + view.shape[0], at : at + count]
                     yield rows, view[:, block : block + count]
                     row += view.shape[0]
 
 
+def part_start(span: Span, group: Group, part: int) -> int:
+    """Where a worker's bytes of ``span``'s group start in the arena."""
+    return span.slot_offset + HEADER_BYTES + span.at + part * group.part_bytes
+
+
 def runs(span: Span) -> Iterable[tuple[int, int, int]]:
-    """(index in chunk, first block id, count) of each run of consecutive ids."""
+    """(index among the stored blocks, first block id, count) of each run of consecutive ids."""
     ids = span.block_ids
     start = 0
     for end in range(1, len(ids) + 1):

@@ -1,4 +1,4 @@
-"""The scheduler's side: owns the engine, decides what is loaded and stored.
+"""The scheduler's side: decides what is loaded and stored.
 
 Every hook runs in the scheduler's thread and returns at once.  Bytes come to the host
 tier before a hit is offered, so a load can't miss; a chunk counts as stored only after
@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lmcache_core.engine import CacheEngine
-from lmcache_core.integrations.vllm.lookups import Lookups, Tracked
-from lmcache_core.integrations.vllm.metadata import (
-    ArenaHandle,
-    Job,
-    Span,
-    StepMetadata,
-    WorkerMetadata,
-)
-from lmcache_core.logs import EventLog
+from lmcache_core.cache import Cache
+from lmcache_core.integrations.vllm.geometry import Geometry
+from lmcache_core.integrations.vllm.lookups import Lookups
+from lmcache_core.integrations.vllm.matches import Match
+from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, WorkerMetadata
+from lmcache_core.integrations.vllm.stores import BlockTables, Stores
+from lmcache_core.keys import Namespace
 from lmcache_core.metrics import Deltas, Recent
-from lmcache_core.prefetch import Prefetch
-from lmcache_core.tiers.host import HostChunk
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -34,89 +30,91 @@ if TYPE_CHECKING:
 
     from lmcache_core.integrations.vllm.events import KvEvents
 
+IDLE_WAIT_S = 0.001
+
 
 class Scheduler:
     """Scheduler half of the connector.
 
     Args:
-        engine: owned; closed by `close`.
-        block_size: tokens in a block; divides the chunk size.
+        cache: owned; closed by `close`.
+        namespace: of the engine.
         events: collect KV cache events for `take_events`.
     """
 
-    def __init__(self, engine: CacheEngine, *, block_size: int, events: bool = False) -> None:
-        self._engine = engine
-        self._block_size = block_size
-        self._chunk_size = engine.config.chunk_size
-        self._namespace = engine.namespace
-        self._arena = ArenaHandle(engine.host.arena.ref, engine.host.arena)
+    def __init__(
+        self, cache: Cache, *, namespace: Namespace, geometry: Geometry, events: bool = False
+    ) -> None:
+        self.cache = cache
+        self._namespace = namespace
+        self._geometry = geometry
         self._events = self._collect_events() if events else None
         self._lookups = Lookups(
-            engine,
-            block_size=block_size,
+            cache,
+            namespace,
+            geometry,
             on_keys=self._events.saw if self._events else lambda tracked, before: None,
         )
-        self._deltas = Deltas(engine.metrics)
-        self._log = EventLog(engine.now_s)
-        self._job_ids = itertools.count(1)
-        self._storing: dict[int, tuple[list[HostChunk], int]] = {}
-        self._storing_bytes = 0
-        self._distrusted: set[int] = set()
-        self._loading: dict[int, tuple[str, Prefetch]] = {}
+        self._deltas = Deltas(cache.metrics)
+        self._job_id: Callable[[], int] = partial(next, itertools.count(1))
+        self._stores = Stores(cache, geometry, self._lookups, self._job_id)
+        self._loading: dict[int, tuple[str, Match]] = {}
         self._new_loads: list[Job] = []
+        self._reports = WorkerMetadata()
         self._running = 0
 
     def arrived(self, request: Request) -> None:
         """A request came: its prefix starts to move to host while it waits for its turn."""
-        self._engine.poll()
+        self.cache.poll()
         self._lookups.arrived(request)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """How many tokens after ``computed`` can be loaded; None asks again later."""
-        self._engine.poll()
+        self.cache.poll()
         matched = self._lookups.matched(request, computed)
         if not matched:
             return matched, False
-        mode = self._engine.config.load
+        mode = self.cache.config.load
         tracked = self._lookups.live[request.request_id]
         tracked.parked = mode == "async" or (mode == "auto" and self._running > 0)
+        if sum(1 for _ in self._geometry.groups) > 1:
+            # Only a parked load can be reported as failed when there are several block tables.
+            tracked.parked = True
         return matched, tracked.parked
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, matched: int) -> None:
         """Pages were given to the request: plan the load of ``matched`` tokens."""
         tracked = self._lookups.live.get(request.request_id)
-        if tracked is None or tracked.ticket is None:
+        if tracked is None or tracked.match is None:
             return
-        ticket, hits = self._lookups.take(tracked)
+        match = self._lookups.take(tracked)
         if not matched:
-            self._engine.release(ticket)
+            match.release()
             return
-        block_ids = blocks.get_block_ids()[0]
-        first, count = tracked.computed // self._block_size, matched // self._block_size
-        chunk = tracked.computed // self._chunk_size
-        spans = self._spans(hits, chunk, block_ids, range(first, first + count))
-        self._lookups.note_hits(tracked, ticket, hits, matched)
-        job = Job(next(self._job_ids), request.request_id, tuple(spans), tracked.parked)
-        self._loading[job.job_id] = (request.request_id, ticket)
+        spans = self._load_spans(match, blocks.get_block_ids(), match.computed + matched)
+        self._lookups.note_hits(tracked, match, matched)
+        # They are in host, or were a moment ago: not to be asked about again.
+        tracked.offered = max(tracked.offered, min(match.end, len(tracked.keys)))
+        job = Job(self._job_id(), request.request_id, tuple(spans), tracked.parked)
+        self._loading[job.job_id] = (request.request_id, match)
         self._new_loads.append(job)
 
     def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
         """What the workers move in this step, and which pages it may overwrite."""
-        self._engine.poll()
-        fence = self._overwritten(output) if self._storing else frozenset()
-        meta = StepMetadata(self._arena, loads=self._new_loads, fence=fence)
+        self.cache.poll()
+        fence = self._overwritten(output) if self._stores else frozenset()
+        processed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        processed.update(zip(cached.req_ids, cached.num_computed_tokens))
+        for req_id, scheduled in output.num_scheduled_tokens.items():
+            processed[req_id] += scheduled
+        stores = self._stores.plan(processed, lambda req_id: _tables(output, req_id))
+        meta = StepMetadata(self.cache.handle, loads=self._new_loads, stores=stores, fence=fence)
         self._new_loads = []
         self._running = len(output.num_scheduled_tokens)
-        computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens))
-        for req_id, scheduled in output.num_scheduled_tokens.items():
-            job = self._plan_store(output, req_id, computed[req_id] + scheduled)
-            if job is not None:
-                meta.stores.append(job)
         if not output.total_num_scheduled_tokens and self._lookups.waiting:
             # An empty step would spin and keep the I/O threads from the interpreter.
-            self._engine.runtime.wait(0.001)
+            self.cache.wait(IDLE_WAIT_S)
         return meta
 
     def update(self, output: KVConnectorOutput) -> None:
@@ -124,11 +122,16 @@ class Scheduler:
         report = output.kv_connector_worker_meta
         if not isinstance(report, WorkerMetadata):
             return
-        ended = report.done.keys() | report.failed.keys()
-        for job_id in sorted(ended & self._loading.keys()):
-            self._loaded(job_id, failed=report.failed.get(job_id, 0) > 0)
-        for job_id in sorted(ended & self._storing.keys()):
-            self._stored(job_id, failed=report.failed.get(job_id, 0) > 0)
+        self._reports = self._reports.aggregate(report)
+        for job_id in sorted(self._reports.jobs):
+            done, failed = self._reports.ended(job_id)
+            if done + failed < self._geometry.workers:
+                continue
+            self._reports.forget(job_id)
+            if job_id in self._loading:
+                self._loaded(job_id, failed=failed > 0)
+            elif job_id in self._stores:
+                self._stores.confirmed(job_id, failed=failed > 0)
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """The request ended or was aborted; what its response says about us."""
@@ -147,160 +150,88 @@ class Scheduler:
 
     def has_pending_work(self) -> bool:
         """Whether an idle engine must go on stepping for confirmations to come in."""
-        return bool(self._storing) or self._engine.settling
+        return bool(self._stores) or self.cache.settling
 
     def reset(self) -> bool:
-        """Weights may have changed: forget host chunks, start a new epoch.
+        """Weights may have changed: nothing stored before is served, a new epoch starts.
 
         Lower tiers keep what they have; nothing of it matches the new namespace.
         """
-        self._engine.clear()
-        self._engine.rebase(self._namespace.derive(weights_epoch=uuid.uuid4().hex))
-        self._lookups.reset()
+        self.cache.reset()
+        self._lookups.reset(self._namespace.derive(weights_epoch=uuid.uuid4().hex))
         if self._events:
             self._events.cleared()
         return True
 
     def close(self) -> None:
-        """Flush and close the engine."""
+        """Flush and close the cache."""
         for tracked in self._lookups.live.values():
             self._lookups.release(tracked)
-        self._engine.close()
+        for _, match in self._loading.values():
+            match.release()
+        self.cache.close()
 
     def _collect_events(self) -> KvEvents:
         from lmcache_core.integrations.vllm.events import KvEvents
 
         events = KvEvents(
-            chunk_size=self._chunk_size,
-            max_buffered=self._engine.config.max_buffered_events,
-            dropped=self._engine.metrics.counter("vllm.events_dropped").inc,
+            chunk_size=self._geometry.chunk_size,
+            max_buffered=self.cache.config.max_buffered_events,
+            dropped=self.cache.metrics.counter("vllm.events_dropped").inc,
         )
-        self._engine.on_residency(events.changed)
+        self.cache.on_residency(events.changed)
         return events
 
     def _loaded(self, job_id: int, *, failed: bool) -> None:
-        req_id, ticket = self._loading.pop(job_id)
-        loaded = [chunk.key for chunk in ticket.hits()]
-        self._engine.release(ticket)
+        req_id, match = self._loading.pop(job_id)
+        loaded = match.keys
+        match.release()
         if not failed:
             return
-        self._count("load_failed", len(loaded))
-        self._engine.host.drop(loaded)
-        # Steps since then may have computed on pages that were never filled.
-        for store, (chunks, _) in self._storing.items():
-            if store > job_id:
-                self._distrusted.add(store)
-                self._engine.host.drop(chunk.key for chunk in chunks)
+        self.cache.metrics.counter("vllm.load_failed").inc(len(loaded))
+        self.cache.forget(loaded)
+        self._stores.distrust_after(job_id)
         for tracked in self._lookups.live.values():
             tracked.offered, tracked.tail_offered = 0, False
             tracked.load_failed |= tracked.request.request_id == req_id
 
-    def _stored(self, job_id: int, *, failed: bool) -> None:
-        chunks, generation = self._storing.pop(job_id)
-        self._storing_bytes -= len(chunks) * self._engine.layout.payload_bytes
-        if failed or job_id in self._distrusted:
-            self._distrusted.discard(job_id)
-            self._engine.abort(chunks)
-            self._count("store_failed", len(chunks))
-        else:
-            self._engine.commit(chunks, generation)
-            self._count("stored_tokens", len(chunks) * self._chunk_size)
-
-    def _spans(
-        self, chunks: list[HostChunk], first_chunk: int, block_ids: list[int], blocks: range
-    ) -> list[Span]:
-        """Spans of the request's ``blocks``, which lie in ``chunks``."""
-        per_chunk = self._chunk_size // self._block_size
+    def _load_spans(self, match: Match, tables: BlockTables, end: int) -> list[Span]:
+        """Spans of the pages between what the device has and token ``end``; pages that lie
+        before a window are not there and stay so."""
         spans = []
-        for i, chunk in enumerate(chunks, first_chunk):
-            start = max(blocks.start, i * per_chunk)
-            stop = min(blocks.stop, (i + 1) * per_chunk)
-            if start < stop:
-                ids = tuple(block_ids[start:stop])
-                spans.append(Span(chunk.offset, start - i * per_chunk, ids))
+        for number, kind in enumerate(self._geometry.kinds):
+            for chunk, slot in match.slots(number):
+                for group, at in zip(kind.groups, kind.offsets):
+                    stored = group.stored_range(chunk)
+                    start = max(stored.start, match.computed // group.block_size)
+                    stop = min(stored.stop, end // group.block_size)
+                    table = tables[group.index]
+                    if group.window is not None:
+                        start = next((i for i in range(start, stop) if table[i]), stop)
+                    if start < stop:
+                        ids = tuple(table[start:stop])
+                        spans.append(Span(slot.offset, at, group.index, start - stored.start, ids))
         return spans
-
-    def _plan_store(self, output: SchedulerOutput, req_id: str, processed: int) -> Job | None:
-        tracked = self._lookups.live.get(req_id)
-        if tracked is None or tracked.frozen:
-            return None
-        request = tracked.request
-        known = request.num_tokens if self._engine.config.store_decode else 0
-        bound = min(processed, max(known, request.num_prompt_tokens))
-        limit = self._engine.config.max_pending_store_bytes
-        chunks: list[HostChunk] = []
-        ranges: list[range] = []
-        for key, parent, blocks in self._to_store(tracked, bound):
-            if self._storing_bytes + self._engine.layout.payload_bytes > limit:
-                self._count("store_dropped_pressure")
-                self._log.warn("store_dropped", request_id=req_id, reason="pressure")
-                continue
-            chunk = self._engine.reserve(key, parent)
-            if chunk is not None:
-                self._storing_bytes += self._engine.layout.payload_bytes
-                chunks.append(chunk)
-                ranges.append(blocks)
-                if key == tracked.tail:
-                    # What the slot held before must not reach a lower tier under this key.
-                    self._engine.host.payload(chunk)[:] = 0
-        if not chunks:
-            return None
-        table = self._block_ids(output, req_id)
-        spans = tuple(
-            Span(chunk.offset, 0, tuple(table[blocks.start : blocks.stop]))
-            for chunk, blocks in zip(chunks, ranges)
-        )
-        job = Job(next(self._job_ids), req_id, spans)
-        self._storing[job.job_id] = (chunks, self._engine.generation)
-        return job
-
-    def _to_store(
-        self, tracked: Tracked, processed: int
-    ) -> Iterator[tuple[bytes, bytes | None, range]]:
-        """Key, parent and blocks of each chunk that is now full and not in host; a chunk
-        that is still arriving is decided in a later step, since its fetch may yet fail."""
-        whole = processed // self._chunk_size
-        per_chunk = self._chunk_size // self._block_size
-        tail_due = tracked.tail is not None and not tracked.tail_offered
-        if whole <= tracked.offered and not (tail_due and processed >= tracked.tail_end):
-            return
-        self._lookups.extend_keys(tracked)
-        for i in range(tracked.offered, whole):
-            key = tracked.keys[i]
-            if self._engine.is_arriving(key):
-                return
-            tracked.offered = i + 1
-            if key not in self._engine.host:
-                parent = tracked.keys[i - 1] if i else None
-                yield key, parent, range(i * per_chunk, (i + 1) * per_chunk)
-        tail = tracked.tail
-        if tail is None or tracked.tail_offered or processed < tracked.tail_end:
-            return
-        if not self._engine.is_arriving(tail):
-            tracked.tail_offered = True
-            if tail not in self._engine.host:
-                last = tracked.keys[-1] if tracked.keys else None
-                yield tail, last, range(whole * per_chunk, tracked.tail_end // self._block_size)
-
-    def _block_ids(self, output: SchedulerOutput, req_id: str) -> list[int]:
-        state = output.kv_connector_block_state
-        table = state.get_block_ids(req_id) if state is not None else None
-        assert table is not None, f"no block table for the scheduled request {req_id}"
-        return list(table[0])
 
     def _overwritten(self, output: SchedulerOutput) -> frozenset[int]:
         """Pages that this step or its loads may write."""
         ids: set[int] = set()
         for new in output.scheduled_new_reqs:
-            ids.update(new.block_ids[0][new.num_computed_tokens // self._block_size :])
+            for group in self._geometry.groups:
+                start = new.num_computed_tokens // group.block_size
+                ids.update(new.block_ids[group.index][start:])
         for blocks in output.scheduled_cached_reqs.new_block_ids:
-            if blocks is not None:
-                ids.update(blocks[0])
+            for table in blocks or ():
+                ids.update(table)
         for copy in output.kv_cache_block_copies or ():
             ids.add(copy.dst_block_id)
         for job in self._new_loads:
             ids.update(b for span in job.spans for b in span.block_ids)
         return frozenset(ids)
 
-    def _count(self, name: str, amount: int = 1) -> None:
-        self._engine.metrics.counter(f"vllm.{name}").inc(amount)
+
+def _tables(output: SchedulerOutput, req_id: str) -> BlockTables:
+    state = output.kv_connector_block_state
+    tables = state.get_block_ids(req_id) if state is not None else None
+    assert tables is not None, f"no block table for the scheduled request {req_id}"
+    return tables
