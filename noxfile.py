@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -200,6 +201,18 @@ def vllm(session: nox.Session) -> None:
         *session.posargs,
         external=True,
     )
+
+
+@nox.session(python=False)
+def gpu(session: nox.Session) -> None:
+    """Page copies on a CUDA device; elsewhere on the fake one, and what did not run is named.
+
+    GPU_PYTHON: an interpreter with CUDA torch, vLLM, lmcache-core, pytest and hypothesis.
+    """
+    python = os.environ.get("GPU_PYTHON") or vllm_python(session)
+    unit = "lmcache-core/tests/unit"
+    tests = ("lmcache-core/tests/gpu", f"{unit}/test_device.py", f"{unit}/test_device_teeth.py")
+    session.run(python, "-m", "pytest", *tests, *session.posargs, external=True)
 
 
 @nox.session(python=False)

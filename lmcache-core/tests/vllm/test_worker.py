@@ -17,9 +17,10 @@ from lmcache_core.integrations.vllm.metadata import (
     StepMetadata,
     WorkerMetadata,
 )
+from lmcache_core.integrations.vllm.movers import PoolMover
 from lmcache_core.integrations.vllm.worker import Worker
 from lmcache_core.memory.arena import Arena
-
+from lmcache_core.metrics import Metrics
 
 GROUP = Group.of(index=0, layers=1, block_size=128, page_bytes=64, window=None, chunk_size=256)
 
@@ -49,7 +50,7 @@ def pages() -> SlowPages:
 @pytest.fixture
 def worker(pages: SlowPages) -> Iterator[Worker]:
     made = Worker(EngineConfig(prefault=False), [(GROUP, ["layer"])])
-    made._pages = pages
+    made._mover = PoolMover(pages, threads=2, metrics=Metrics())
     arena = Arena.create(1 << 20, prefault=False, warn=print)
     made._attach(LocalArena(arena.ref, arena))
     yield made

@@ -23,16 +23,23 @@ class Lane(enum.IntEnum):
 
 
 class Completions:
-    """Callbacks from any thread to the owner's, in order of arrival."""
+    """Callbacks from any thread to the owner's, in order of arrival.
 
-    def __init__(self) -> None:
+    Args:
+        wake: called after each arrival, from the thread that posts, for an owner that waits
+            for more than this.
+    """
+
+    def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
         self._queue: deque[Callable[[], None]] = deque()
         self._arrived = threading.Event()
+        self._wake = wake
 
     def post(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` run in the owner's next `drain`; thread-safe."""
         self._queue.append(callback)
         self._arrived.set()
+        self._wake()
 
     def drain(self) -> int:
         """Run what has arrived; returns how many.  Owner only."""
@@ -126,10 +133,10 @@ class ThreadExecutor:
 
 
 class Runtime:
-    """Real clock, threads and waiting."""
+    """Real clock, threads and waiting; ``wake`` as in `Completions`."""
 
-    def __init__(self) -> None:
-        self.completions = Completions()
+    def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
+        self.completions = Completions(wake)
 
     def now_s(self) -> float:
         """Seconds on the clock of deadlines."""

@@ -6,29 +6,23 @@ step may overwrite ends there; a load is reported only when its last copy has re
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from lmcache_core.cache import ArenaHandle, Attached
 from lmcache_core.config import EngineConfig
 from lmcache_core.integrations.vllm.geometry import Group
 from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, WorkerMetadata
+from lmcache_core.integrations.vllm.movers import Copy, FailedCopy, Mover, PoolMover
 from lmcache_core.integrations.vllm.pages import CpuPages
 from lmcache_core.logs import logger
-from lmcache_core.memory.arena import Arena, ArenaError
+from lmcache_core.memory.arena import ArenaError
 from lmcache_core.metrics import Deltas, Metrics, Recent
 
 if TYPE_CHECKING:
     import torch
 
-
-class Pages(Protocol):
-    """The engine's pages: `CpuPages` or `DevicePages`."""
-
-    def offload(self, arena: Arena, spans: Iterable[Span]) -> None: ...
-    def onboard(self, arena: Arena, spans: Iterable[Span]) -> None: ...
+RELEASE_TIMEOUT_S = 5.0
 
 
 class Worker:
@@ -57,10 +51,10 @@ class Worker:
         self._stores_part = copy == 0
         self._handle: ArenaHandle | None = None
         self._attached: Attached | None = None
-        self._pages: Pages | None = None
-        self._pool = ThreadPoolExecutor(config.copy_threads, "lmc-copy")
-        self._stores: dict[int, tuple[list[Future[None]], frozenset[int]]] = {}
-        self._loads: dict[int, tuple[Job, list[Future[None]]]] = {}
+        self._mover: Mover | None = None
+        self._on_device = False
+        self._stores: dict[int, tuple[Copy, frozenset[int]]] = {}
+        self._loads: dict[int, tuple[Job, Copy]] = {}
         self._finished: set[str] = set()
         self._failed: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -74,56 +68,50 @@ class Worker:
         Raises:
             ConfigError: pages that this version can't copy, or of an unexpected size.
         """
-        devices = {tensor.device.type for tensor in kv_caches.values()}
-        if devices == {"cpu"}:
-            self._pages = CpuPages(kv_caches, self._named_groups, part=self._part)
-        else:
-            from lmcache_core.integrations.vllm.device_pages import DevicePages
+        self._on_device = {tensor.device.type for tensor in kv_caches.values()} != {"cpu"}
+        if self._on_device:
+            from lmcache_core.integrations.vllm.device_pages import DeviceMover
 
-            self._pages = DevicePages(kv_caches, self._named_groups, part=self._part)
+            self._mover = DeviceMover(
+                kv_caches, self._named_groups, part=self._part, metrics=self._metrics
+            )
+            return
+        pages = CpuPages(kv_caches, self._named_groups, part=self._part)
+        self._mover = PoolMover(pages, threads=self._config.copy_threads, metrics=self._metrics)
 
     def handle_step(self, meta: StepMetadata) -> None:
         """Before the forward: end stores whose pages are about to be overwritten."""
         if meta.arena != self._handle and (meta.loads or meta.stores):
             self._attach(meta.arena)
         if meta.fence:
-            for futures, blocks in self._stores.values():
+            for copy, blocks in self._stores.values():
                 if not blocks.isdisjoint(meta.fence):
-                    wait(futures)
+                    copy.hold_back()
 
     def start_loads(self, jobs: Sequence[Job]) -> None:
         """Onboard: at once for jobs that the step waits for, else beside it."""
         for job in jobs:
-            spans = list(job.spans)
+            copy = self._submit(job.spans, to_host=False, now=not job.parked)
             if job.parked:
-                self._loads[job.job_id] = (job, self._split("onboard", spans))
+                self._loads[job.job_id] = (job, copy)
                 continue
-            mine = spans[:: self._config.copy_threads]
-            others = [s for i, s in enumerate(spans) if i % self._config.copy_threads]
-            futures = self._split("onboard", others)
-            own: Future[None] = Future()
-            try:
-                self._copy("onboard", mine)
-                own.set_result(None)
-            except Exception as error:  # reported to the engine as a failed load
-                own.set_exception(error)
-            wait(futures)
-            self._settle_load(job, [own, *futures])
+            copy.wait()
+            self._settle_load(job, copy)
 
     def start_stores(self, jobs: Sequence[Job]) -> None:
         """Offload beside what comes next; the fence keeps the pages as they are."""
         for job in jobs:
             blocks = frozenset(b for span in job.spans for b in span.block_ids)
             # Of copies of the same bytes one is stored.
-            spans = list(job.spans) if self._stores_part else []
-            self._stores[job.job_id] = (self._split("offload", spans), blocks)
+            spans = job.spans if self._stores_part else ()
+            self._stores[job.job_id] = (self._submit(spans, to_host=True), blocks)
 
     def finished_loads(self) -> set[str]:
         """Requests whose parked load has ended, well or not, since the last call."""
-        for job_id, (job, futures) in list(self._loads.items()):
-            if all(future.done() for future in futures):
+        for job_id, (job, copy) in list(self._loads.items()):
+            if copy.done():
                 del self._loads[job_id]
-                self._settle_load(job, futures)
+                self._settle_load(job, copy)
                 self._finished.add(job.req_id)
         finished, self._finished = self._finished, set()
         return finished
@@ -140,10 +128,10 @@ class Worker:
 
     def report(self) -> WorkerMetadata | None:
         """Jobs that ended since the last call."""
-        for job_id, (futures, _) in list(self._stores.items()):
-            if all(future.done() for future in futures):
+        for job_id, (copy, _) in list(self._stores.items()):
+            if copy.done():
                 del self._stores[job_id]
-                self._count(job_id, futures)
+                self._count(job_id, copy)
         if not (self._report.done or self._report.failed):
             return None
         report, self._report = self._report, WorkerMetadata()
@@ -155,16 +143,16 @@ class Worker:
 
     def close(self) -> None:
         """End every copy, then unmap."""
-        self._pool.shutdown(wait=True, cancel_futures=False)
+        if self._mover is not None:
+            self._mover.close()
         self._detach()
 
     def _attach(self, handle: ArenaHandle) -> None:
         """Map another arena: the first one, or that of a cache which came back.  Copies in the
         one before end first; in one that can't be mapped they fail, and are reported."""
-        for futures, _ in self._stores.values():
-            wait(futures)
-        for _, loading in self._loads.values():
-            wait(loading)
+        if self._mover is not None and not self._mover.release(RELEASE_TIMEOUT_S):
+            logger.error("the cache can't be used: copies of the one before do not end")
+            return
         self._detach()
         try:
             self._attached = handle.attach(warn=logger.warning, prefault=self._config.prefault)
@@ -172,7 +160,7 @@ class Worker:
             logger.error("the cache can't be used: %s", error)
             return
         self._handle = handle
-        if self._pages is not None and not isinstance(self._pages, CpuPages):
+        if self._on_device:
             self._attached.arena.pin()
 
     def _detach(self) -> None:
@@ -180,8 +168,16 @@ class Worker:
             self._attached.release()
         self._attached = self._handle = None
 
-    def _settle_load(self, job: Job, futures: Sequence[Future[None]]) -> None:
-        if self._count(job.job_id, futures):
+    def _submit(self, spans: Sequence[Span], *, to_host: bool, now: bool = False) -> Copy:
+        if self._attached is None or self._mover is None:
+            return FailedCopy(ArenaError("the cache's memory is not mapped", op="copy"))
+        name = "copy.offload_bytes" if to_host else "copy.onboard_bytes"
+        copied = sum(len(span.block_ids) * self._block_bytes(span.group) for span in spans)
+        self._metrics.counter(name).inc(copied)
+        return self._mover.submit(self._attached.arena, spans, to_host=to_host, now=now)
+
+    def _settle_load(self, job: Job, copy: Copy) -> None:
+        if self._count(job.job_id, copy):
             return
         if len(self._groups) > 1:
             # A block id means nothing there without its group.
@@ -189,28 +185,13 @@ class Worker:
         else:
             self._failed_blocks.update(b for span in job.spans for b in span.block_ids)
 
-    def _count(self, job_id: int, futures: Sequence[Future[None]]) -> bool:
-        errors = [e for future in futures if (e := future.exception()) is not None]
-        for error in errors:
+    def _count(self, job_id: int, copy: Copy) -> bool:
+        error = copy.error()
+        if error is not None:
             logger.error("a page copy failed: %r", error)
-        tally = self._report.failed if errors else self._report.done
+        tally = self._report.done if error is None else self._report.failed
         tally[job_id] = 1
-        return not errors
-
-    def _split(self, op: str, spans: Sequence[Span]) -> list[Future[None]]:
-        parts = self._config.copy_threads
-        groups = [spans[i::parts] for i in range(parts)]
-        return [self._pool.submit(self._copy, op, group) for group in groups if group]
-
-    def _copy(self, op: str, spans: Sequence[Span]) -> None:
-        assert self._pages is not None
-        if self._attached is None:
-            raise ArenaError("the cache's memory is not mapped", op=op)
-        start_s = time.perf_counter()
-        getattr(self._pages, op)(self._attached.arena, spans)
-        self._metrics.histogram(f"copy.{op}_seconds").observe(time.perf_counter() - start_s)
-        copied = sum(len(span.block_ids) * self._block_bytes(span.group) for span in spans)
-        self._metrics.counter(f"copy.{op}_bytes").inc(copied)
+        return error is None
 
     def _block_bytes(self, group: int) -> int:
         return self._groups[group].layers * self._groups[group].page_bytes
