@@ -91,3 +91,27 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "hybrid": gemma3,
     "mla": deepseek,
 }
+
+
+def lora(path: Path, *, seed: int) -> Path:
+    """An adapter for the demo's tiny Llama."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(100 + seed)
+    path.mkdir(parents=True)
+    tensors = {}
+    for layer in range(4):
+        for name, width in (("q_proj", 256), ("v_proj", 64)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, 256) * 0.3
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(width, 8) * 0.3
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"],
+        "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": "llama",
+    }  # fmt: skip
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path

@@ -61,7 +61,7 @@ class Scheduler:
         self._loading: dict[int, tuple[str, Match]] = {}
         self._new_loads: list[Job] = []
         self._reports = WorkerMetadata()
-        self._running = 0
+        self._running: set[str] = set()
 
     def arrived(self, request: Request) -> None:
         """A request came: its prefix starts to move to host while it waits for its turn."""
@@ -76,7 +76,7 @@ class Scheduler:
             return matched, False
         mode = self.cache.config.load
         tracked = self._lookups.live[request.request_id]
-        tracked.parked = mode == "async" or (mode == "auto" and self._running > 0)
+        tracked.parked = mode == "async" or (mode == "auto" and bool(self._running))
         if sum(1 for _ in self._geometry.groups) > 1:
             # Only a parked load can be reported as failed when there are several block tables.
             tracked.parked = True
@@ -111,7 +111,7 @@ class Scheduler:
         stores = self._stores.plan(processed, lambda req_id: _tables(output, req_id))
         meta = StepMetadata(self.cache.handle, loads=self._new_loads, stores=stores, fence=fence)
         self._new_loads = []
-        self._running = len(output.num_scheduled_tokens)
+        self._running = set(output.num_scheduled_tokens)
         if not output.total_num_scheduled_tokens and self._lookups.waiting:
             # An empty step would spin and keep the I/O threads from the interpreter.
             self.cache.wait(IDLE_WAIT_S)
@@ -135,6 +135,7 @@ class Scheduler:
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """The request ended or was aborted; what its response says about us."""
+        self._running.discard(request.request_id)
         tracked = self._lookups.finished(request.request_id)
         if tracked is None:
             return None
