@@ -22,9 +22,9 @@ PROMPT = random_tokens(21, 700)
 CHILD = """
 import json, sys
 from conftest import Engine, cached
-model, extra, prompt, times = json.loads(sys.argv[1])
+model, extra, prompt, times, *options = json.loads(sys.argv[1])
 if __name__ == "__main__":
-    engine = Engine(model, extra)
+    engine = Engine(model, extra, **(options[0] if options else {}))
     outputs = [engine.run([prompt])[0] for _ in range(times)]
     rows = [(list(o.outputs[0].token_ids), o.num_cached_tokens,
              cached(o) if extra else {}) for o in outputs]
@@ -33,17 +33,28 @@ if __name__ == "__main__":
 """
 
 
-def run_child(tmp_path: Path, multiprocessing: int, *args: Any) -> list[Any]:
+def run_child(
+    tmp_path: Path, multiprocessing: int, *args: Any, env: dict[str, str] | None = None
+) -> list[Any]:
+    """An engine in a process of its own.
+
+    Args:
+        args: model, extra configuration or None, prompt, how often it is asked, further options.
+
+    Returns:
+        Tokens, cached tokens and their tiers, of each answer.
+    """
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    env = {
+    variables = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(multiprocessing),
         "PYTHONPATH": str(HERE),
+        **(env or {}),
     }
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(args)],
-        env=env, capture_output=True, text=True, timeout=240,
+        env=variables, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
