@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +16,11 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_backend_infinistore import link, wire
+from lmcache_backend_infinistore import link, reading, wire
 from lmcache_backend_infinistore.layout import HEAD_BYTES, Head, head_name, new_version
 from lmcache_backend_infinistore.leftovers import Leftovers
-from lmcache_backend_infinistore.link import Lost, Mapped, NoRoom, RdmaLink
+from lmcache_backend_infinistore.link import Absent, Mapped, NoRoom, RdmaLink
+from lmcache_backend_infinistore.reading import Lost
 from lmcache_backend_infinistore.wire import Code, Entry, Item, Op, Phase
 from lmcache_conformance.rig import Count
 
@@ -84,6 +88,57 @@ def test_leftovers_are_bounded_due_in_time_and_swept_by_one() -> None:
         assert not {item.key for item in others} & {item.key for item in items}
 
 
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.mark.parametrize("name", ["k", "lmc", "four", "lmc:00", head_name(bytes(64))])
+def test_a_read_asks_as_the_library_does(
+    pair: tuple[socket.socket, socket.socket], name: str
+) -> None:
+    ours, theirs = pair
+    theirs.sendall(struct.pack("<II", 200, 7) + b"payload")
+    assert reading.ask(ours, name) == 7
+    room = bytearray(7)
+    reading.receive(ours, memoryview(room))
+    assert room == b"payload"
+    asked = theirs.recv(4096)
+    magic, op, nbytes = struct.unpack_from("<IcI", asked)
+    assert (magic, op, nbytes) == (0xDEADBEEF, b"L", len(asked) - 9) and nbytes % 4 == 0
+    # As the library's put, see HALF_PUT, but for the operation and the length.
+    put = bytes.fromhex("1000000000000a00100008000c0007000a0000000000005008000000b80b0000")
+    assert asked[9:41] == put[:23] + b"G" + put[24:28] + bytes(4)
+    text = name.encode()
+    assert asked[41:] == struct.pack("<I", len(text)) + text + bytes(4 - len(text) % 4)
+
+
+def test_a_read_that_finds_nothing_or_breaks_off(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    theirs.sendall(struct.pack("<I", 404))
+    assert reading.ask(ours, "absent") is None
+    theirs.sendall(struct.pack("<II", 200, 600_000) + bytes(600_000))
+    assert reading.ask(ours, "long") == 600_000
+    reading.skip(ours, 600_000)
+    theirs.sendall(struct.pack("<I", 503))
+    with pytest.raises(Lost, match="503"):
+        reading.ask(ours, "refused")
+    theirs.sendall(struct.pack("<II", 200, 7) + b"pay")
+    assert reading.ask(ours, "half") == 7
+    theirs.close()
+    with pytest.raises(Lost):
+        reading.receive(ours, memoryview(bytearray(7)))
+    with pytest.raises(Lost):
+        reading.ask(ours, "gone")
+
+
 class FakeRdma:
     """As far as the library's Python side tells what RDMA does."""
 
@@ -143,7 +198,8 @@ def test_rdma_moves_payloads_between_registered_memory_and_the_server(
     rdma.write_payload("p", mapped, 100, 100)
     assert rdma.read_payload("p", mapped, 4096, 100) == xxhash.xxh3_64_intdigest(b"\7" * 100)
     assert (mapped.array[4096:4196] == 7).all()
-    assert rdma.read_payload("none", mapped, 0, 100) is None
+    with pytest.raises(Absent):
+        rdma.read_payload("none", mapped, 0, 100)
     for text, kind in (("ret = 507", NoRoom), ("ret = 503", Lost)):
         fake.error = RuntimeError(text)
         with pytest.raises(kind):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from infinistore_support import MIB, Open, alive, helpers_of, until
+from infinistore_support import MIB, Open, Stopwatch, alive, helpers_of, until
 
 from lmcache_backend_infinistore.conformance import RawClient
 from lmcache_backend_infinistore.layout import Head, head_name, payload_name
@@ -130,16 +130,16 @@ def test_a_dead_server_does_not_start_helpers_without_end(
     it = opened(server.url)
     it.put(b"k", b"value")
     server.kill()
-    starts, began_s = it.counts["helper_starts"], time.monotonic()
-    slowest_s = 0.0
+    starts = it.counts["helper_starts"]
+    seconds = []
     for _ in range(60):
-        started_s = time.monotonic()
-        with pytest.raises(BackendUnavailable):
-            it.get(b"k", 10, seconds=2)
-        slowest_s = max(slowest_s, time.monotonic() - started_s)
+        with Stopwatch() as watch, pytest.raises(BackendUnavailable):
+            it.get(b"k", 10, seconds=30)
+        seconds.append(watch.seconds)
         time.sleep(0.01)
-    assert time.monotonic() - began_s < 5 and slowest_s < 1
     assert it.counts["helper_starts"] - starts <= 2
+    # A call that waits for such a start takes as long as it does; no other waits.
+    assert sum(sorted(seconds)[:-2]) < 4 and sorted(seconds)[-3] < 1
 
 
 def test_a_helper_that_dies_idle_is_replaced_unseen(
@@ -207,9 +207,9 @@ def test_close_ends_every_helper(shared_server: InfinistoreServer, opened: Open)
         thread.start()
     for thread in threads:
         thread.join()
-    started_s = time.monotonic()
-    it.store.close()
-    assert time.monotonic() - started_s < 2
+    with Stopwatch() as watch:
+        it.store.close()
+    assert watch.seconds < 2
     until(lambda: not helpers_of(os.getpid()))
     with pytest.raises(BackendClosed):
         it.get(b"k0", 10)

@@ -137,7 +137,15 @@ def test_the_helper_ends_with_a_killed_process(shared_server: MooncakeServer) ->
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     pid = int(done.stdout)
     assert done.returncode == -9
-    until(lambda: gone(pid), 5, "the helper lives on")
+    until(lambda: gone(pid), 30, "the helper lives on")
+
+
+def test_a_ctrl_c_for_this_process_is_not_for_the_helper(
+    shared_server: MooncakeServer, opened: Open
+) -> None:
+    """A group of its own, but no session: the kernel may share out the processors by those."""
+    pid = helper_pid(opened(shared_server.url))
+    assert os.getpgid(pid) == pid and os.getsid(pid) == os.getsid(0)
 
 
 def test_the_throw_away_store_of_the_command_line() -> None:

@@ -112,7 +112,7 @@ def test_a_second_lender_keeps_replicas(opened: Open) -> None:
         server.lenders[0].kill()
         server.lenders[0].wait()
         # Until the master has noticed a get may still ask the dead one.
-        until(lambda: get(store, b"k", MIB)[0].status is Status.OK, 10, "no replica is left")
+        until(lambda: get(store, b"k", MIB)[0].status is Status.OK, 30, "no replica is left")
         assert get(store, b"k", MIB)[1] == value(1, MIB)
 
 

@@ -9,7 +9,18 @@ import time
 from random import Random
 
 import pytest
-from mooncake_support import Open, bare, connect, exists, get, helper_pid, put, settings, until
+from mooncake_support import (
+    Open,
+    Stopwatch,
+    bare,
+    connect,
+    exists,
+    get,
+    helper_pid,
+    put,
+    settings,
+    until,
+)
 
 from lmcache_backend_mooncake.connector import MooncakeConnector, name_of_key
 from lmcache_backend_mooncake.server import MooncakeServer
@@ -30,7 +41,7 @@ def test_exists_is_no_promise_after_the_lender_died(server: MooncakeServer, open
     server.kill_lenders()
     assert exists(store, b"k") is Status.OK
     assert get(store, b"k", MIB)[0].status is Status.FAILED
-    until(lambda: exists(store, b"k") is Status.MISS, 15, "the master does not notice")
+    until(lambda: exists(store, b"k") is Status.MISS, 30, "the master does not notice")
     assert get(store, b"k", MIB)[0] == GetResult(Status.MISS)
     assert put(store, b"new", value(1, MIB)) is Status.REJECTED
     server.lend()
@@ -72,15 +83,14 @@ def test_a_killed_master_is_unavailable_at_once_and_back_by_itself(
         lambda: put(store, b"new", value(1, MIB), seconds=1),
         lambda: store.delete([b"k"], within(1)),
     ):
-        started_s = time.monotonic()
-        with pytest.raises(BackendUnavailable, match="RPC_FAIL") as raised:
+        with Stopwatch() as watch, pytest.raises(BackendUnavailable, match="RPC_FAIL") as raised:
             call()
         assert raised.value.retryable and raised.value.hint
-        assert time.monotonic() - started_s < 1.25
+        assert watch.seconds < 1.25
     # The library's own health_check says 0 here.
     assert not store.health(within(1)).ok
     server.start()
-    until(lambda: put(store, b"again", value(3, MIB)) is Status.OK, 10, "it does not come back")
+    until(lambda: put(store, b"again", value(3, MIB)) is Status.OK, 30, "it does not come back")
     assert get(store, b"again", MIB)[1] == value(3, MIB)
     assert store.health(within(1)).ok
 
@@ -95,20 +105,20 @@ def test_a_killed_master_opens_the_breaker(server: MooncakeServer) -> None:
         remote = engine.tiers.readable[0]
         assert engine.lookup(range(32)).tokens == 0 and remote.available
         server.kill()
-        started_s = time.monotonic()
-        assert engine.lookup(range(32)).tokens == 0
-        assert time.monotonic() - started_s < 2.5
+        with Stopwatch() as watch:
+            assert engine.lookup(range(32)).tokens == 0
+        assert watch.seconds < 2.5
         assert not remote.available and "RPC_FAIL" in remote.unavailable_reason
-        started_s = time.monotonic()
-        assert engine.lookup(range(32)).tokens == 0
-        assert time.monotonic() - started_s < 0.1
+        with Stopwatch() as watch:
+            assert engine.lookup(range(32)).tokens == 0
+        assert watch.seconds < 0.1
         server.start()
 
         def well() -> bool:
             engine.poll()
             return remote.available
 
-        until(well, 15, "the breaker stays open")
+        until(well, 30, "the breaker stays open")
     finally:
         engine.close()
 
@@ -120,16 +130,16 @@ def test_a_transfer_that_outlasts_the_deadline_is_abandoned(
     each = opened(server.url, regions=(memory,))
     assert put(each.store, b"k", value(1, MIB)) is Status.OK
     server.freeze_lenders()
-    started_s = time.monotonic()
     targets = memory.buffers(first_token=7)
     outside = Memory([MIB])
-    results = each.store.get_into([b"k", b"k"], targets, within(0.4))
-    late = each.store.get_into([b"k"], outside.buffers(), within(0.4))
-    assert time.monotonic() - started_s < 0.8 + 0.5
+    with Stopwatch() as watch:
+        results = each.store.get_into([b"k", b"k"], targets, within(0.4))
+        late = each.store.get_into([b"k"], outside.buffers(), within(0.4))
+    assert watch.seconds < 0.8 + 0.5
     assert [each.status for each in results] == [Status.ABANDONED] * 2
     assert late == [GetResult(Status.TIMED_OUT)] and not each.host.released
     server.resume()
-    until(lambda: sorted(each.host.released) == [7, 8], 10, "the memory was never given back")
+    until(lambda: sorted(each.host.released) == [7, 8], 30, "the memory was never given back")
     assert outside.untouched()
     assert each.counters["mooncake.abandoned"].value == 2
     assert get(each.store, b"k", MIB)[1] == value(1, MIB)
@@ -141,9 +151,9 @@ def test_close_returns_though_the_library_takes_longer(server: MooncakeServer) -
         pid = helper_pid(each)
         assert put(each.store, b"k", value(1, MIB)) in (Status.OK, Status.REJECTED)
         harm()
-        started_s = time.monotonic()
-        each.store.close()
-        assert time.monotonic() - started_s < 5.0
+        with Stopwatch() as watch:
+            each.store.close()
+        assert watch.seconds < 5.0
         assert not os.path.exists(f"/proc/{pid}")
         server.resume()
         if harm == server.kill:
@@ -258,7 +268,7 @@ def test_a_call_that_hangs_ends_with_its_process(server: MooncakeServer, opened:
     assert first[0].status is Status.ABANDONED
     with pytest.raises(BackendUnavailable, match="1 calls hang"):
         get(each.store, b"k", MIB, seconds=1)
-    until(lambda: each.host.released == [3], 5, "the memory was never given back")
+    until(lambda: each.host.released == [3], 30, "the memory was never given back")
     assert not os.path.exists(f"/proc/{pid}")
     server.resume()
     assert get(each.store, b"k", MIB, seconds=5)[1] == value(1, MIB)

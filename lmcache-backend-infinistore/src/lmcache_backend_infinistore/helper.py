@@ -22,7 +22,8 @@ import xxhash
 
 from lmcache_backend_infinistore import wire
 from lmcache_backend_infinistore.layout import GONE, Head, head_name, payload_name
-from lmcache_backend_infinistore.link import Lost, Mapped, NoRoom, RdmaLink, TcpLink
+from lmcache_backend_infinistore.link import Absent, Mapped, NoRoom, RdmaLink, TcpLink
+from lmcache_backend_infinistore.reading import Lost
 from lmcache_backend_infinistore.wire import Code, Entry, Item, Op, Phase, Reply
 
 HEAD_READS = 3
@@ -113,25 +114,27 @@ class Server:
     def _get(self, index: int, item: Item) -> Entry:
         seen = b""
         for _ in range(HEAD_READS):
-            data = self._head_bytes(item.key)
-            if data in (None, GONE):
+            data = self._link.read(head_name(item.key))
+            if data is None or data == GONE:
                 return Entry(Code.MISS)
-            head = Head.decode(item.key, data or b"")
+            head = Head.decode(item.key, data)
             if head is None:
                 return Entry(Code.CORRUPT)
             if head.nbytes > item.nbytes:
                 return Entry(Code.SIZE_MISMATCH, nbytes=head.nbytes)
-            name = payload_name(item.key, head.version)
             if not head.nbytes:
                 return Entry(Code.OK)
-            if self._link.exists(name):
-                where = self._maps[item.map_id], item.offset, head.nbytes
+            name = payload_name(item.key, head.version)
+            where = self._maps[item.map_id], item.offset, head.nbytes
+            try:
                 whole = self._link.read_payload(name, *where) == head.checksum
+            except Absent:
+                # Evicted; or replaced since the head was read, then there is another head now.
+                if head.version == seen:
+                    break
+                seen = head.version
+            else:
                 return Entry(Code.OK, nbytes=head.nbytes) if whole else Entry(Code.CORRUPT)
-            # Evicted; or replaced since the head was read, then there is another head now.
-            if head.version == seen:
-                break
-            seen = head.version
         return Entry(Code.MISS)
 
     def _put(self, index: int, item: Item) -> Entry:
@@ -174,13 +177,9 @@ class Server:
             return lambda: checksum
         return self._aside.submit(xxhash.xxh3_64_intdigest, memory).result
 
-    def _head_bytes(self, key: bytes) -> bytes | None:
-        name = head_name(key)
-        return self._link.read(name).tobytes() if self._link.exists(name) else None
-
     def _version(self, key: bytes) -> bytes | None:
         """That of the value that is there, zeros when it has no payload; None without a head."""
-        data = self._head_bytes(key)
+        data = self._link.read(head_name(key))
         if data is None:
             return None
         head = Head.decode(key, data)

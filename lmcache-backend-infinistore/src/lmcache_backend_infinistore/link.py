@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import mmap
 import os
 import select
 import socket
 import struct
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +16,19 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-_STEP_BYTES = 256 << 10
-"""Copied and hashed at a time, so that the hash finds it in the processor's cache."""
+from lmcache_backend_infinistore import reading
+from lmcache_backend_infinistore.reading import Lost
+
 _LINGER_NONE = struct.pack("ii", 1, 0)
-_ACK_EVERY_S, _ACK_LATER_EVERY_S, _ACK_EAGER_TURNS = 30e-6, 1e-3, 20
-_PR_SET_TIMERSLACK = 29
 _LOG_TAIL_BYTES = 4096
-_OUT_OF_MEMORY, _HUNG_UP = b"return code: 507", b"w_tcp: Failed to send payload"
+_OUT_OF_MEMORY = b"return code: 507"
+_UNSENT, _UNHEARD = b"w_tcp: Failed to send payload", b"w_tcp: Failed to receive return code"
 _LOG = 1
 """Where the library says what its exceptions do not; the supervisor gives a file in memory."""
 
 
-class Lost(Exception):
-    """The server does not answer any more, or never did."""
+class Absent(Exception):
+    """There is no such name."""
 
 
 class NoRoom(Exception):
@@ -71,7 +68,6 @@ class TcpLink:
         self._api = api
         self._settings = settings
         self._connection: Any = None
-        self._acks = _Acks()
         self.socket: socket.socket | None = None
 
     def connect(self) -> None:
@@ -103,7 +99,6 @@ class TcpLink:
         # What is unsent when this process dies is thrown away: half a head would kill the server.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._acks.of(self.socket)
 
     def share(self, mapped: Mapped) -> None:
         """Make ``mapped`` known; nothing to do over TCP."""
@@ -122,11 +117,15 @@ class TcpLink:
         """Whether ``name`` is there, perhaps without its bytes."""
         return bool(self._do(self._connection.check_exist, name))
 
-    def read(self, name: str) -> NDArray[np.uint8]:
-        """All bytes of ``name``, which must be there: else this blocks for ever."""
-        with self._acks:
-            found: NDArray[np.uint8] = self._do(self._connection.tcp_read_cache, name)
-        return found
+    def read(self, name: str) -> bytes | None:
+        """All bytes of ``name``, which are few; None when it is absent."""
+        assert self.socket is not None
+        nbytes = reading.ask(self.socket, name)
+        if nbytes is None:
+            return None
+        content = bytearray(nbytes)
+        reading.receive(self.socket, memoryview(content))
+        return bytes(content)
 
     def write(self, name: str, content: bytes) -> None:
         """Store a few bytes.
@@ -135,7 +134,8 @@ class TcpLink:
             NoRoom: nothing is stored.
         """
         data = np.frombuffer(content, np.uint8)
-        self._write(name, int(data.ctypes.data), len(content))
+        # What was sent whole and not acknowledged may yet be published, and read.
+        self._write(name, int(data.ctypes.data), len(content), (_UNSENT,))
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove ``names``, whose puts must have been acknowledged; absent ones are fine."""
@@ -143,22 +143,27 @@ class TcpLink:
 
     def write_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> None:
         """Store ``nbytes`` from ``offset`` of ``mapped`` on; see `write`."""
-        self._write(name, mapped.address + offset, nbytes)
+        self._write(name, mapped.address + offset, nbytes, (_UNSENT, _UNHEARD))
 
     def read_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> int | None:
-        """Fill ``mapped`` from ``offset`` on; its xxh3_64, or None when the size is another."""
-        found = self.read(name)
-        if len(found) != nbytes:
+        """Fill ``mapped`` from ``offset`` on; its xxh3_64, or None when the size is another.
+
+        Raises:
+            Absent: there is no such name.
+        """
+        assert self.socket is not None
+        found = reading.ask(self.socket, name)
+        if found is None:
+            raise Absent(name)
+        if found != nbytes:
+            reading.skip(self.socket, found)
             return None
-        target = mapped.array[offset : offset + nbytes]
         checksum = xxhash.xxh3_64()
-        for at in range(0, nbytes, _STEP_BYTES):
-            step = target[at : at + _STEP_BYTES]
-            step[:] = found[at : at + _STEP_BYTES]
-            checksum.update(step.data)
+        target = mapped.array[offset : offset + nbytes].data
+        reading.receive(self.socket, target, checksum.update)
         return checksum.intdigest()
 
-    def _write(self, name: str, address: int, nbytes: int) -> None:
+    def _write(self, name: str, address: int, nbytes: int, hung_up: tuple[bytes, ...]) -> None:
         start = os.fstat(_LOG).st_size
         try:
             self._do(self._connection.tcp_write_cache, name, address, nbytes)
@@ -166,7 +171,7 @@ class TcpLink:
             said = os.pread(_LOG, _LOG_TAIL_BYTES, start)
             if _OUT_OF_MEMORY in said:
                 raise NoRoom(name) from error
-            if _HUNG_UP in said:
+            if any(each in said for each in hung_up):
                 # Perhaps it has refused, and was gone before we heard so: then there is no name.
                 self.connect()
                 if not self.exists(name):
@@ -218,49 +223,11 @@ class RdmaLink(TcpLink):
         read = self._connection.rdma_read_cache_async
         try:
             self._loop.run_until_complete(read([(name, offset)], nbytes, mapped.address))
-        except self._api.InfiniStoreKeyNotFound:
-            return None
+        except self._api.InfiniStoreKeyNotFound as error:
+            raise Absent(name) from error
         except Exception as error:
             raise Lost(str(error)) from error
         return xxhash.xxh3_64_intdigest(mapped.array[offset : offset + nbytes].data)
-
-
-class _Acks:
-    """Acknowledges at once what arrives while it is entered.
-
-    The server sends the size of a value, waits for the acknowledgement, then sends the last
-    short piece: the kernel would delay that acknowledgement by 40 ms.
-    """
-
-    def __init__(self) -> None:
-        self._wanted = threading.Semaphore(0)
-        self._on = False
-        self._socket: socket.socket | None = None
-        threading.Thread(target=self._run, name="acks", daemon=True).start()
-
-    def of(self, sock: socket.socket) -> None:
-        """Do it for ``sock`` from now on."""
-        self._socket = sock
-
-    def __enter__(self) -> None:
-        self._on = True
-        self._wanted.release()
-
-    def __exit__(self, *error: object) -> None:
-        self._on = False
-
-    def _run(self) -> None:
-        # Else the kernel rounds each short sleep up by 50 us.
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)
-        while self._wanted.acquire():
-            turns = 0
-            while self._on and self._socket is not None:
-                try:
-                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-                except OSError:
-                    break
-                turns += 1
-                time.sleep(_ACK_EVERY_S if turns < _ACK_EAGER_TURNS else _ACK_LATER_EVERY_S)
 
 
 def _socket_to(host: str, port: int) -> socket.socket:

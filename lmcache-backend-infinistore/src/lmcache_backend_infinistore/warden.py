@@ -85,7 +85,7 @@ class Warden:
         return "ok"
 
     def freeze(self) -> str:
-        """SIGSTOP: connections stay open, nothing is answered."""
+        """SIGSTOP: connections stay open, nothing is answered from here on."""
         return self._signal(signal.SIGSTOP)
 
     def resume(self) -> str:
@@ -96,6 +96,9 @@ class Warden:
         if self._server is None:
             return "no server runs"
         self._server.send_signal(number)
+        if number == signal.SIGSTOP:
+            # Until then its other threads may run on, on a busy machine for long.
+            os.waitid(os.P_PID, self._server.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         return "ok"
 
 
@@ -138,11 +141,19 @@ def relay(listener: socket.socket) -> None:
         except OSError:
             client.close()
             continue
+        threading.Thread(target=_relay_one, args=(client, server), daemon=True).start()
+
+
+def _relay_one(client: socket.socket, server: socket.socket) -> None:
+    """Forward both ways until one side hangs up; then both are closed, whatever is unread."""
+    with client, server:
         for sock in (client, server):
             sock.settimeout(None)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for pair in ((client, server), (server, client)):
-            threading.Thread(target=_forward, args=pair, daemon=True).start()
+        back = threading.Thread(target=_forward, args=(server, client), daemon=True)
+        back.start()
+        _forward(client, server)
+        back.join()
 
 
 def _forward(source: socket.socket, sink: socket.socket) -> None:

@@ -147,8 +147,6 @@ class Link:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=environment,
-                # A Ctrl-C of the engine's is not for it.
-                start_new_session=True,
             )
         finally:
             for _, their in pairs:

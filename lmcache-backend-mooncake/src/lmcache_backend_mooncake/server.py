@@ -145,7 +145,7 @@ class MooncakeServer:
         self.lenders.clear()
 
     def freeze(self) -> None:
-        """SIGSTOP for all: connections stay open, nothing is answered."""
+        """SIGSTOP for all: connections stay open, nothing is answered from here on."""
         for process in (self._master, *self.lenders):
             if process is not None:
                 self._signal(process, signal.SIGSTOP)
@@ -181,6 +181,9 @@ class MooncakeServer:
     def _signal(self, process: subprocess.Popen[bytes], number: int) -> None:
         if process.poll() is None:
             os.kill(process.pid, number)
+            if number == signal.SIGSTOP:
+                # Until then its other threads may run on, on a busy machine for long.
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _log(self, name: str) -> str:
         return (self.directory / name).read_text(errors="replace")[-2000:]

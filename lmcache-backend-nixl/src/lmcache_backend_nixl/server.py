@@ -73,9 +73,11 @@ class S3Server:
             self._process = None
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay open, nothing is answered."""
+        """SIGSTOP: connections stay open, nothing is answered from here on."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP)
+        # Until then its other threads may run on, on a busy machine for long.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT."""
