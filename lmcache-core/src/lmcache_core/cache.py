@@ -121,7 +121,8 @@ class Cache(Protocol):
 
     @property
     def handle(self) -> ArenaHandle:
-        """The arena that slots given from now on lie in."""
+        """The arena that slots given from now on lie in; another one only when no slot and no
+        ticket is open."""
         ...
 
     @property

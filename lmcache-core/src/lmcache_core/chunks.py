@@ -33,6 +33,7 @@ class ChunkEngine:
 
     Attributes:
         evicted: keys that left the host tier lately.
+        unstored: writes to lower tiers that failed, so far.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class ChunkEngine:
         self._lost: dict[int, HostChunk] = {}
         self._lent: dict[int, list[HostChunk]] = {}
         self._demoting = 0
+        self._demoting_bytes = 0
+        self.unstored = 0
         self._closed = False
         self.metrics.gauge("host.used_bytes", lambda: self.host.used_bytes)
         for tier in self.tiers.readable:
@@ -79,6 +82,11 @@ class ChunkEngine:
     def unsettled(self) -> int:
         """Writes to lower tiers that have not ended."""
         return self._demoting
+
+    @property
+    def unsettled_bytes(self) -> int:
+        """Payload bytes of these writes."""
+        return self._demoting_bytes
 
     def poll(self) -> int:
         """Bring in finished work and look at deadlines; returns how much came in."""
@@ -209,10 +217,13 @@ class ChunkEngine:
                 continue
             self.host.pin(chunk)
             self._demoting += 1
+            self._demoting_bytes += chunk.payload_bytes
             tier.store(chunk, lambda status: self._demoted(chunk, status))
 
     def _demoted(self, chunk: HostChunk, status: Status) -> None:
         self._demoting -= 1
+        self._demoting_bytes -= chunk.payload_bytes
+        self.unstored += status is not Status.OK
         if status is Status.ABANDONED:
             # Native code may still read the slot: it stays pinned until it is released.
             self._lent.setdefault(chunk.offset, []).append(chunk)

@@ -54,7 +54,7 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything a `CacheEngine` is told.
+    """Everything an engine or a node server is told.
 
     Attributes:
         host_bytes: size of the host tier.
@@ -74,6 +74,17 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             sync while no other request runs.
         copy_threads: threads that copy between device and host.
         huge_pages, prefault, numa_node: of the host tier's memory; -1 leaves NUMA alone.
+        node: address of the node server that holds the cache, a path, ``unix:///path`` or
+            ``tcp://host:port``; "" keeps it in the engine's process.
+        node_token_file: what a TCP node server is shown.
+        node_connect_timeout_s: how long the engine's start waits for the node server.
+        node_reply_timeout_s: how long one answer of it may take, before it counts as gone.
+        node_retry_s: between two attempts to reach it again.
+        max_sessions: engines that a node server serves at the same time.
+        max_session_bytes: host memory that one of them may write and read at the same time;
+            0 takes half of the host tier.
+        drain_timeout_s: how long a node server that is told to stop waits for its sessions,
+            and then for the tiers below host.
     """
 
     host_bytes: int = 4 << 30
@@ -92,10 +103,19 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     huge_pages: bool = True
     prefault: bool = True
     numa_node: int = -1
+    node: str = ""
+    node_token_file: str = ""
+    node_connect_timeout_s: float = 5.0
+    node_reply_timeout_s: float = 0.25
+    node_retry_s: float = 1.0
+    max_sessions: int = 256
+    max_session_bytes: int = 0
+    drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "host_bytes", "chunk_size", "copy_threads")
-        _require_duration(self, "lookup_deadline_s", "close_timeout_s")
+        _require_positive(self, "host_bytes", "chunk_size", "copy_threads", "max_sessions")
+        _require_duration(self, "lookup_deadline_s", "close_timeout_s", "drain_timeout_s")
+        _require_duration(self, "node_connect_timeout_s", "node_reply_timeout_s", "node_retry_s")
 
 
 def _require_positive(config: object, *names: str) -> None:

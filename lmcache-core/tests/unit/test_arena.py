@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -188,3 +189,41 @@ def test_a_failed_pin_leaves_host_memory() -> None:
     assert arena.close()
     with pytest.raises(ArenaError):
         arena.pin()
+
+
+def test_a_file_that_was_handed_over_is_the_same_memory() -> None:
+    arena = make()
+    other = Arena.from_fd(os.dup(arena.ref.fd), MIB, warn=print)
+    arena.array[4096:4100] = 7
+    assert bytes(other.view(4096, 4)) == b"\7" * 4
+    assert arena.close()
+    other.array[:] = 1
+    assert other.close()
+
+
+@pytest.mark.parametrize("nbytes", [MIB - 1, MIB + 1, 0, -1])
+def test_a_file_of_another_size_is_no_arena(nbytes: int) -> None:
+    arena = make()
+    fd = os.dup(arena.ref.fd)
+    with pytest.raises(ArenaError, match="should have"):
+        Arena.from_fd(fd, nbytes, warn=print)
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    arena.close()
+
+
+def test_a_file_that_its_owner_could_shrink_is_no_arena() -> None:
+    fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, MIB)
+    with pytest.raises(ArenaError, match="no arena"):
+        Arena.from_fd(fd, MIB, warn=print)
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_nobody_can_forbid_the_others_to_map_it() -> None:
+    arena = make()
+    future_write = 0x10
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(arena.ref.fd, fcntl.F_ADD_SEALS, future_write)
+    arena.close()

@@ -54,6 +54,13 @@ def test_completions_run_in_order_of_arrival() -> None:
     assert seen == [0, 1, 2]
 
 
+def test_arrivals_wake_an_owner_that_waits_for_more_than_them() -> None:
+    woken: list[int] = []
+    runtime = Runtime(lambda: woken.append(runtime.completions.drain()))
+    runtime.completions.post(lambda: None)
+    assert woken == [1], "it had arrived before"
+
+
 def test_stores_leave_a_thread_for_loads() -> None:
     executor = ThreadExecutor("t", threads=3, max_queued=10)
     gate, loaded = threading.Event(), threading.Event()

@@ -18,6 +18,7 @@ from lmcache_core.cli.backends import backend_rows
 from lmcache_core.cli.config import key_rows, key_table, setting_rows, settings_from
 from lmcache_core.cli.doctor import examine
 from lmcache_core.cli.init import render, write
+from lmcache_core.cli.serve import Serving, node_status, serve_node
 from lmcache_core.sdk import LMCacheError
 
 app = typer.Typer(
@@ -111,6 +112,64 @@ def init(
     typer.echo(f"wrote {out}; serve with it:")
     path = shlex.quote(str(out.absolute()))
     typer.echo(f"  LMCACHE_CONFIG_FILE={path} vllm serve MODEL --kv-transfer-config '{transfer}'")
+
+
+@app.command(
+    epilog="Examples:  lmc serve --config kv.yaml   |   "
+    "lmc serve --listen tcp://127.0.0.1:9250 --token-file kv.token"
+)
+def serve(
+    file: Annotated[
+        Path | None, typer.Option("--config", help="Read this file, not LMCACHE_CONFIG_FILE.")
+    ] = None,
+    socket: Annotated[str, typer.Option(help="Path of the unix socket; else the key node.")] = "",
+    listen: Annotated[
+        str, typer.Option(help="Also listen at tcp://HOST:PORT; asks for a token.")
+    ] = "",
+    token_file: Annotated[
+        str, typer.Option(help="The token of --listen; made when it is not there.")
+    ] = "",
+    metrics: Annotated[
+        str, typer.Option(help="Serve Prometheus metrics at HOST:PORT; PORT alone is local.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Serve one cache to every engine of this host, until SIGTERM.
+
+    Then sessions may finish what they write, and so may the tiers below host; exits with 1 when
+    that did not end well.  A second signal ends it at once.
+    """
+    try:
+        settings = settings_from(file, os.environ)
+        for text in settings.warnings:
+            typer.echo(f"warning: {text}", err=True)
+        wish = Serving(socket, listen, token_file, metrics, as_json)
+        raise typer.Exit(serve_node(settings.config, wish))
+    except LMCacheError as error:
+        _fail(error)
+
+
+@app.command(epilog="Examples:  lmc node   |   lmc node --socket /run/lmcache/node.sock --json")
+def node(
+    socket: Annotated[str, typer.Option(help="Its address; else the key node.")] = "",
+    token_file: Annotated[str, typer.Option(help="The token of a TCP address.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show what a running node server does: its memory, tiers, sessions and counters."""
+    try:
+        config = settings_from(None, os.environ).config
+        status = node_status(socket or config.node, token_file or config.node_token_file)
+    except LMCacheError as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps(status, indent=1))
+        return
+    for rows in (status.pop("tiers"), status.pop("sessions")):
+        if rows:
+            _show(rows, list(rows[0]), False)
+    counters = status.pop("counters")
+    both = [*status.items(), *counters.items()]
+    _show([{"what": name, "value": value} for name, value in both], ["what", "value"], False)
 
 
 def _fail(error: LMCacheError) -> NoReturn:

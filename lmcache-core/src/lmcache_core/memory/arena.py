@@ -22,6 +22,8 @@ from lmcache_core.sdk.errors import ConfigError, LMCacheError
 
 REGION_ID = 1
 _NAME = "lmcache-arena"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""The last one, so that no process can forbid the others to map it for writing."""
 _MADV_POPULATE_WRITE = 23
 _PREFAULT_STEP_BYTES = 32 << 20
 _PREFAULT_JOIN_S = 5.0
@@ -41,7 +43,7 @@ class ArenaRef:
 
 
 class Arena:
-    """``nbytes`` bytes of shared memory at one address.  Made by `create` or `attach`.
+    """``nbytes`` bytes of shared memory at one address.  Made by `create`, `attach`, `from_fd`.
 
     Views may be used from any thread; `pin` and `close` belong to the owner thread.
 
@@ -89,7 +91,7 @@ class Arena:
         try:
             fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, nbytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             mapped = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError, OverflowError) as error:
             if fd >= 0:
@@ -117,30 +119,59 @@ class Arena:
                 arena of exactly ``ref.nbytes`` bytes.
         """
         path = f"/proc/{ref.pid}/fd/{ref.fd}"
-        fd = -1
         try:
             # The number may name another file by now: looked at before it is opened.
             if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
                 raise ArenaError(f"{path} is no arena", op="attach", hint="ask for its ref anew")
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ArenaError(
+                f"{path} can't be opened: {error}", op="attach", hint=_attach_hint(error)
+            ) from error
+        return cls._map_file(fd, ref, warn=warn, prefault=prefault)
+
+    @classmethod
+    def from_fd(
+        cls, fd: int, nbytes: int, *, warn: Callable[[str], None], prefault: bool = False
+    ) -> Arena:
+        """Map the arena whose file another process has handed over; takes ``fd`` in any case.
+
+        Raises:
+            ArenaError: the file is no arena of exactly ``nbytes`` bytes, or can't be mapped.
+        """
+        ref = ArenaRef(os.getpid(), fd, nbytes)
+        try:
+            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        except OSError:
+            sealed = 0
+        if not sealed:
+            # Its owner could shrink it under us, and every access behind its end would kill.
+            os.close(fd)
+            raise ArenaError("a file that is no arena", op="attach", hint="update both packages")
+        return cls._map_file(fd, ref, warn=warn, prefault=prefault)
+
+    @classmethod
+    def _map_file(
+        cls, fd: int, ref: ArenaRef, *, warn: Callable[[str], None], prefault: bool
+    ) -> Arena:
+        try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_size != ref.nbytes or ref.nbytes <= 0:
                 raise ArenaError(
-                    f"{path} has {found.st_size} bytes, the arena should have {ref.nbytes}",
+                    f"the file has {found.st_size} bytes, the arena should have {ref.nbytes}",
                     op="attach",
                     hint="ask for its ref anew",
                 )
             mapped = mmap.mmap(fd, ref.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        except (OSError, ValueError, OverflowError) as error:
-            if fd >= 0:
-                os.close(fd)
+        except (OSError, ValueError, OverflowError, ArenaError) as error:
+            os.close(fd)
+            if isinstance(error, ArenaError):
+                raise
             raise ArenaError(
-                f"{path} can't be mapped: {error}", op="attach", hint=_attach_hint(error)
+                f"an arena of {ref.nbytes} bytes can't be mapped: {error}",
+                op="attach",
+                hint=_attach_hint(error),
             ) from error
-        except ArenaError:
-            if fd >= 0:
-                os.close(fd)
-            raise
         arena = cls(mapped, fd, ref, warn)
         if prefault:
             arena._start_prefault()
