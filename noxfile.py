@@ -204,6 +204,14 @@ def vllm(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def soak(session: nox.Session) -> None:
+    """Two engines on a node server under random prompts and restarts, 2 minutes;
+    `-- --minutes 30` for long.  Writes build/soak.json."""
+    script = "lmcache-core/tests/soak/soak.py"
+    session.run(vllm_python(session), script, *session.posargs, external=True)
+
+
+@nox.session(python=False)
 def gpu(session: nox.Session) -> None:
     """Page copies on a CUDA device; elsewhere on the fake one, and what did not run is named.
 

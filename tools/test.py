@@ -16,14 +16,38 @@ VENV = ROOT / "build" / "venv-nox"
 # fmt: off
 SESSIONS = (
     "lint", "types", "imports", "api", "unit", "wheels", "stores", "conformance", "third_party",
-    "mutants", "vllm", "demo",
+    "mutants", "vllm", "gpu", "soak", "demo",
 )
 # fmt: on
 OPTIONS = {"mutants": ("--", "--wrong-only")}
+LOGS = ROOT / "build" / "logs"
+TAIL_LINES = 60
 
 
 def system_packages() -> None:
     need("gcc", "make", "redis-server", libraries=("libnuma.so.1",))
+
+
+def run(command: list[str], log: Path) -> int:
+    """Run ``command`` with its output shown and kept in ``log``; its exit code."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    with log.open("wb") as file:
+        for line in process.stdout:
+            file.write(line)
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
+    return process.wait()
+
+
+def show_failure(session: str) -> None:
+    """What a reader of a long output would look for first: the failed parts, and the end."""
+    lines = (LOGS / f"{session}.log").read_text(errors="replace").splitlines()
+    marks = ("FAILED ", "ERROR ", "FAIL ", "E   ", "nox > Session", "nox > *")
+    found = [line for line in lines if line.startswith(marks) and "was successful" not in line]
+    print(f"\n=== {session} failed: build/logs/{session}.log ends with")
+    print("\n".join([*found[-TAIL_LINES:], "...", *lines[-TAIL_LINES // 3 :]]))
 
 
 def main() -> int:
@@ -42,11 +66,14 @@ def main() -> int:
         report.unlink(missing_ok=True)
         command = [str(nox), "-r", "-s", session, "--report", str(report)]
         command += OPTIONS.get(session, ())
-        code = subprocess.run(command).returncode
+        code = run(command, LOGS / f"{session}.log")
         found = json.loads(report.read_text())["sessions"] if report.exists() else []
         results = {row["result"] for row in found}
         state = "failed" if code else "did not run" if results <= {"skipped"} else "ok"
         rows.append((session, state, time.monotonic() - start))
+    for session, state, _ in rows:
+        if state != "ok":
+            show_failure(session)
     print("\n=== summary")
     for session, state, seconds in rows:
         print(f"{session:10} {state:12} {seconds:6.0f} s")
@@ -54,6 +81,7 @@ def main() -> int:
     print("Not run here: mechanical mutants, which take 10 minutes more; nox -s mutants runs them.")
     print("Not run here: RDMA, GPUDirect Storage, an S3 service that is not moto (no hardware).")
     print("Not run here: CUDA copies and cudaHostRegister on hardware (no accelerator).")
+    print("The soak ran 2 minutes; nox -s soak -- --minutes 30 runs the long one.")
     return int(any(state != "ok" for _, state, _ in rows))
 
 
