@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from conftest import Engine, cached, random_tokens, save_llama
 
 PROMPT = random_tokens(11, 700)
@@ -156,24 +157,14 @@ def test_a_directory_that_cannot_be_written_is_an_error_at_start(
         start(llama, {"tiers": [{"host": "64MiB"}, {"url": f"file://{tmp_path}/file/kv"}]})
 
 
-def test_a_hybrid_model_is_refused_with_the_reason(
+def test_a_model_with_recurrent_state_is_refused_with_the_reason(
     tmp_path: Path, start: Any, extra: dict[str, Any]
 ) -> None:
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
     from lmcache_core.sdk import ConfigError
 
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=32, sliding_window=128,
-        layer_types=["sliding_attention"] * 3 + ["full_attention"],
-        max_position_embeddings=4096,
-    )  # fmt: skip
-    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
-    with pytest.raises(ConfigError, match="KV cache groups"):
-        start(tmp_path / "gemma", extra)
+    model = tiny_models.mamba(tmp_path / "mamba")
+    with pytest.raises(ConfigError, match="state of the kind MambaSpec"):
+        start(model, extra)
 
 
 def test_chunks_computed_on_top_of_a_failed_load_are_never_stored(

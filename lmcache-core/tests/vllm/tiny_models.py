@@ -84,6 +84,16 @@ def deepseek(path: Path) -> Path:
     return _save(DeepseekV2ForCausalLM(config), path)
 
 
+def mamba(path: Path) -> Path:
+    """Recurrent state in place of pages: not served."""
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(4)
+    config = MambaConfig(vocab_size=1024, hidden_size=128, num_hidden_layers=2, pad_token_id=0)
+    return _save(MambaForCausalLM(config), path)
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "gqa": llama,
     "mha": mha,
