@@ -239,6 +239,7 @@ def bench(session: nox.Session) -> None:
     env = {"OMP_NUM_THREADS": "1"}
     session.run(python, "benchmarks/core.py", *out, env=env, external=True)
     session.run(python, "benchmarks/node.py", *out, env=env, external=True)
+    session.run(python, "benchmarks/steps.py", *out, env=env, external=True)
     session.run(python, "benchmarks/stores.py", *out, env=env, external=True)
     from store_env import install
 
