@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -90,38 +88,3 @@ def until(holds: Callable[[], object], limit_s: float = 30.0) -> None:
     while not holds():
         assert time.monotonic() < end_s, "it does not come true"
         time.sleep(0.02)
-
-
-_SLEEPER = """
-import select, sys, time
-print(flush=True)
-held_up_s, last_s = 0.0, time.monotonic()
-while not select.select([sys.stdin], [], [], 0.005)[0]:
-    now_s = time.monotonic()
-    held_up_s += max(0.0, now_s - last_s - 0.01)
-    last_s = now_s
-print(held_up_s + max(0.0, time.monotonic() - last_s - 0.01))
-"""
-
-
-class Stopwatch:
-    """Seconds of a block, less those in which the machine let nobody run.
-
-    A process beside this one sleeps in short steps: what it oversleeps is no fault of ours.
-    """
-
-    seconds = 0.0
-
-    def __enter__(self) -> Stopwatch:
-        command = [sys.executable, "-IS", "-c", _SLEEPER]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._sleeper = subprocess.Popen(command, text=True, **pipes)
-        assert self._sleeper.stdout is not None
-        self._sleeper.stdout.readline()
-        self._started_s = time.monotonic()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds = time.monotonic() - self._started_s
-        held_up_s, _ = self._sleeper.communicate()
-        self.seconds -= float(held_up_s)

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from infinistore_support import MIB, Open, Stopwatch, alive, helpers_of, until
+from infinistore_support import MIB, Open, alive, helpers_of, until
 
 from lmcache_backend_infinistore.conformance import RawClient
 from lmcache_backend_infinistore.layout import Head, head_name, payload_name
 from lmcache_backend_infinistore.server import InfinistoreServer
 from lmcache_backend_infinistore.supervisor import Helper
 from lmcache_conformance import FaultProxy, Memory, value, within
+from lmcache_conformance.throwaway import Stopwatch
 from lmcache_core.sdk import BackendClosed, BackendUnavailable, GetResult, Status
 
 

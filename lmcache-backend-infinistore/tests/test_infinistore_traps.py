@@ -13,12 +13,13 @@ import threading
 import time
 
 import pytest
-from infinistore_support import GRACE_S, MIB, Open, Stopwatch, until
+from infinistore_support import GRACE_S, MIB, Open, until
 
 from lmcache_backend_infinistore.conformance import RawClient
 from lmcache_backend_infinistore.layout import Head, head_name, payload_name
 from lmcache_backend_infinistore.server import InfinistoreServer
 from lmcache_conformance import FaultProxy, Memory, value, within
+from lmcache_conformance.throwaway import Stopwatch
 from lmcache_core.sdk import BackendUnavailable, GetResult, Status
 
 HALF_PUT = bytes.fromhex(

@@ -11,7 +11,6 @@ from random import Random
 import pytest
 from mooncake_support import (
     Open,
-    Stopwatch,
     bare,
     connect,
     exists,
@@ -26,6 +25,7 @@ from lmcache_backend_mooncake.connector import MooncakeConnector, name_of_key
 from lmcache_backend_mooncake.server import MooncakeServer
 from lmcache_conformance import Memory, within
 from lmcache_conformance.memory import value
+from lmcache_conformance.throwaway import Stopwatch
 from lmcache_core.config import EngineConfig, TierConfig
 from lmcache_core.keys import Namespace
 from lmcache_core.layout import ChunkLayout
