@@ -29,6 +29,12 @@ from lmcache_core.opening import open_chunks
 REQUESTS, PROMPT, STEPS, LIMIT_US = 8, 700, 200, 50.0
 BLOCK, CHUNK, PAGE_BYTES = 16, 256, 64
 PAYLOAD_BYTES = CHUNK // BLOCK * PAGE_BYTES
+GROUP = Group.of(
+    index=0, layers=1, block_size=BLOCK, page_bytes=PAGE_BYTES, window=None, chunk_size=CHUNK
+)
+GEOMETRY = Geometry.of(
+    [GROUP], chunk_size=CHUNK, hit_step=BLOCK, parts=1, workers=1, description=b"bench"
+)
 
 
 def request(number: int) -> Any:
@@ -49,17 +55,10 @@ class Steps:
     """Requests that have stored their prompts, and go on decoding the same token."""
 
     def __init__(self, cache: Cache) -> None:
-        group = Group.of(
-            index=0, layers=1, block_size=BLOCK, page_bytes=PAGE_BYTES, window=None,
-            chunk_size=CHUNK,
-        )  # fmt: skip
-        geometry = Geometry.of(
-            [group], chunk_size=CHUNK, hit_step=BLOCK, parts=1, workers=1, description=b"bench"
-        )
         self.scheduler = Scheduler(
-            cache, namespace=Namespace.of({"model": "bench"}), geometry=geometry
+            cache, namespace=Namespace.of({"model": "bench"}), geometry=GEOMETRY
         )
-        self.worker = Worker(cache.config, [(group, ["layer"])])
+        self.worker = Worker(cache.config, [(GROUP, ["layer"])])
         self.worker.register({"layer": torch.zeros((64, PAGE_BYTES), dtype=torch.uint8)})
         self.ids = [f"r{i}" for i in range(REQUESTS)]
         for i in range(REQUESTS):
@@ -106,16 +105,10 @@ class Steps:
 
 def measure(rounds: int) -> list[Figure]:
     config = settings(PAYLOAD_BYTES, 256)
-    layout_of = Geometry.of(
-        [Group.of(index=0, layers=1, block_size=BLOCK, page_bytes=PAGE_BYTES, window=None,
-                  chunk_size=CHUNK)],
-        chunk_size=CHUNK, hit_step=BLOCK, parts=1, workers=1, description=b"bench",
-    ).kinds[0].layout  # fmt: skip
+    layout = GEOMETRY.kinds[0].layout
     with serving(config) as (socket, _):
-        node = connect(
-            settings(PAYLOAD_BYTES, 256, node=socket, node_reply_timeout_s=5), [layout_of]
-        )
-        embedded = EmbeddedCache(open_chunks(config), [layout_of])
+        node = connect(settings(PAYLOAD_BYTES, 256, node=socket, node_reply_timeout_s=5), [layout])
+        embedded = EmbeddedCache(open_chunks(config), [layout])
         sides = {"embedded": Steps(embedded), "node": Steps(node)}
         runs: dict[str, Callable[[], object]] = {name: side.run for name, side in sides.items()}
         times = interleave(runs, rounds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from lmcache_core.chunks import ChunkEngine
@@ -203,16 +203,10 @@ class LocalArena:
     """`ArenaHandle` of an arena whose owner is this process, or one that can be looked into."""
 
     ref: ArenaRef
-    live: Arena | None = None
+    live: Arena | None = field(default=None, compare=False)
 
     def __reduce__(self) -> tuple[type[LocalArena], tuple[ArenaRef]]:
         return LocalArena, (self.ref,)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LocalArena) and other.ref == self.ref
-
-    def __hash__(self) -> int:
-        return hash(self.ref)
 
     def attach(self, *, warn: Callable[[str], None], prefault: bool) -> Attached:
         """See `ArenaHandle.attach`."""

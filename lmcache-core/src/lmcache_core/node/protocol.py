@@ -12,7 +12,7 @@ import struct
 from array import array
 from collections.abc import Iterable
 from importlib import metadata
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -223,6 +223,8 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag=37):
 FromClient = Hello | Prefetch | Release | Reserve | Commit | Abort | Touch | Forget | Ask
 FromServer = Welcome | Refused | Pending | Decided | Reserved | Status
 
+_Message = TypeVar("_Message")
+
 _encoder = msgspec.msgpack.Encoder()
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)
 _from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
@@ -240,10 +242,7 @@ def read_client(body: bytes) -> FromClient:
     Raises:
         ProtocolError: no such message.
     """
-    try:
-        return _from_client.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"a frame that is no message: {error}", op="node") from None
+    return _decode(_from_client, body)
 
 
 def read_server(body: bytes) -> FromServer:
@@ -252,8 +251,12 @@ def read_server(body: bytes) -> FromServer:
     Raises:
         ProtocolError: no such message.
     """
+    return _decode(_from_server, body)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_Message], body: bytes) -> _Message:
     try:
-        return _from_server.decode(body)
+        return decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a frame that is no message: {error}", op="node") from None
 

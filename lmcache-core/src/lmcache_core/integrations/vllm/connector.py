@@ -131,9 +131,6 @@ class LMCacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         self.worker.start_stores(self._step().stores)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return None, self.worker.finished_loads() or None
-
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         finished = self.worker.finished_loads()
         return KVConnectorTransferResults(

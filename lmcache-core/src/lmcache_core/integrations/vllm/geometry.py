@@ -9,7 +9,6 @@ and a chunk is there whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lmcache_core.keys import key_suffix
@@ -150,9 +149,9 @@ class Geometry:
         return cls(chunk_size, hit_step, parts, workers, padded, decode_only, tuple(kinds))
 
     @property
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> tuple[Group, ...]:
         """Every group, by kind."""
-        return (group for kind in self.kinds for group in kind.groups)
+        return tuple(group for kind in self.kinds for group in kind.groups)
 
     @property
     def slot_bytes(self) -> int:

@@ -77,7 +77,7 @@ class Scheduler:
         mode = self.cache.config.load
         tracked = self._lookups.live[request.request_id]
         tracked.parked = mode == "async" or (mode == "auto" and bool(self._running))
-        if sum(1 for _ in self._geometry.groups) > 1:
+        if len(self._geometry.groups) > 1:
             # Only a parked load can be reported as failed when there are several block tables.
             tracked.parked = True
         return matched, tracked.parked
