@@ -15,7 +15,8 @@ from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
 from lmcache_core.misses import EvictedKeys
 from lmcache_core.prefetch import Prefetch, Prefetcher
-from lmcache_core.sdk import BackendClosed, Status
+from lmcache_core.recode import Recode
+from lmcache_core.sdk import BackendClosed, ConfigError, Status
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.remote import RemoteTier
 from lmcache_core.tiers.stack import TierStack
@@ -68,6 +69,7 @@ class ChunkEngine:
         for tier in self.tiers.readable:
             self.metrics.gauge(f"{tier.name}.used_bytes", partial(getattr, tier, "used_bytes"))
             self.metrics.gauge(f"{tier.name}.available", partial(getattr, tier, "available"))
+            tier.on_lost = partial(self._lose, tier=tier)
 
     def now_s(self) -> float:
         """The engine's clock."""
@@ -159,6 +161,31 @@ class ChunkEngine:
         """Forget ``keys`` in every tier: their bytes are not to be trusted."""
         self.host.drop(keys)
         self.tiers.delete(keys)
+
+    def recode(
+        self,
+        keys: Sequence[bytes],
+        *,
+        tier: str,
+        layout: ChunkLayout,
+        codec: str,
+        level: str = "",
+    ) -> Recode:
+        """Start storing ``keys`` in ``tier`` in another form; ``codec`` "" is no codec.
+
+        `poll` carries it on, a few chunks at a time, behind loads.
+
+        Raises:
+            ConfigError: no such tier, codec or level.
+            Unsupported: the tier is only read, or its store keeps the first value of a key.
+        """
+        self._check_open()
+        found = [each for each in self.tiers.readable if each.name == tier]
+        if not found:
+            names = ", ".join(each.name for each in self.tiers.readable) or "none"
+            raise ConfigError(f"no tier is named {tier!r}", hint=f"tiers below host: {names}")
+        way = found[0].way(codec, level)
+        return Recode(keys, found[0], self.host, layout=layout, way=way, lose=self._lose)
 
     def on_residency(self, changed: Callable[[str, bytes, bool], None]) -> None:
         """Have ``changed`` told the tier, the key, and whether it is there now, in the owner's

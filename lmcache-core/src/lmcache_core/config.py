@@ -33,6 +33,15 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         max_negative_keys: how many such chunks are remembered.
         max_lost_bytes: host memory that calls which can't be cancelled may hold; above it
             the tier is not used.
+        codec: of the chunks that we store there, such as ``zstd`` or ``cachegen``; "" stores them
+            as they are.  What is read says itself how it was encoded.
+        codec_level: one of the codec's; "" is its default.  ``auto`` chooses for each chunk among
+            no codec, a lossless one and the codec's levels, by the measured speed of the link.
+        ttft_target_s: with ``auto``: keep as much quality as brings ``ttft_target_tokens`` tokens
+            in this time; 0 brings them as soon as can be.
+        ttft_target_tokens: see there.
+        max_staging_bytes: host memory that chunks which are being encoded, or are encoded and on
+            their way, may hold.
     """
 
     url: str
@@ -47,9 +56,23 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     negative_ttl_s: float = 1.0
     max_negative_keys: int = 65_536
     max_lost_bytes: int = 256 << 20
+    codec: str = ""
+    codec_level: str = ""
+    ttft_target_s: float = 0.0
+    ttft_target_tokens: int = 8192
+    max_staging_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
         _require_positive(self, "threads", "max_queued", "failures_to_open")
+        _require_positive(self, "ttft_target_tokens", "max_staging_bytes")
+        if self.ttft_target_s and self.codec_level != "auto":
+            raise ConfigError("ttft_target_s without codec_level: auto", hint="set codec_level")
+        if self.codec_level and not self.codec:
+            raise ConfigError(
+                f"codec_level {self.codec_level!r} without a codec", hint="codec: cachegen"
+            )
+        if not 0 <= self.ttft_target_s <= 3600:
+            raise ConfigError(f"ttft_target_s is {self.ttft_target_s}", hint="give 0 to 3600 s")
         _require_duration(self, "deadline_s", "probe_interval_s")
 
 

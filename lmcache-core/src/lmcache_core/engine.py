@@ -22,6 +22,7 @@ from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
 from lmcache_core.planner import plan
 from lmcache_core.prefetch import Prefetch
+from lmcache_core.recode import Recode
 from lmcache_core.sdk import ConfigError
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.remote import RemoteTier
@@ -139,6 +140,55 @@ class CacheEngine(ChunkEngine):
             name = names[tier]
             by_tier[name] = by_tier.get(name, 0) + size
         return LookupResult(sum(by_tier.values()), by_tier)
+
+    def compress(
+        self,
+        tokens: Sequence[int] | None = None,
+        *,
+        tier: str,
+        codec: str,
+        level: str = "",
+        unused_for_s: float = 0.0,
+    ) -> Recode:
+        """Have stored chunks of this engine encoded, in the background.
+
+        Args:
+            tokens: the prefix; None takes everything that ``tier`` is known to hold.
+            tier: name of a tier below host.
+            unused_for_s: leave alone what was stored or read since.
+
+        Raises:
+            ConfigError, Unsupported: see `recode`.
+        """
+        keys = self._chosen_keys(tokens, tier, unused_for_s)
+        return self.recode(keys, tier=tier, layout=self.layout, codec=codec, level=level)
+
+    def decompress(
+        self,
+        tokens: Sequence[int] | None = None,
+        *,
+        tier: str,
+        unused_for_s: float = 0.0,
+    ) -> Recode:
+        """The reverse of `compress`.  What a lossy codec has taken away stays away."""
+        return self.compress(tokens, tier=tier, codec="", unused_for_s=unused_for_s)
+
+    def _chosen_keys(
+        self, tokens: Sequence[int] | None, tier: str, unused_for_s: float
+    ) -> list[bytes]:
+        found = [each for each in self.tiers.readable if each.name == tier]
+        if tokens is not None and not unused_for_s:
+            return self.keys(tokens)
+        held = [
+            key
+            for each in found
+            for key in each.keys_of(self.namespace.tag, unused_for_s=unused_for_s)
+            if key.endswith(self._suffix)
+        ]
+        if tokens is None:
+            return held
+        wanted = set(held)
+        return [key for key in self.keys(tokens) if key in wanted]
 
     def retrieve(self, tokens: Sequence[int], pages: Pages) -> int:
         """Onboard the longest prefix of ``tokens``; returns its length in tokens.

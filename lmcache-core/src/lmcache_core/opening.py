@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from lmcache_core import plugins
 from lmcache_core.chunks import ChunkEngine
+from lmcache_core.codecs.registry import Codecs
 from lmcache_core.config import EngineConfig, TierConfig
 from lmcache_core.engine import CacheEngine
 from lmcache_core.envelope import stored_bytes
@@ -21,6 +23,7 @@ from lmcache_core.logs import logger
 from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
 from lmcache_core.sdk import ConfigError, HostServices, Region, ReleaseToken, RemoteConnector
+from lmcache_core.tiers.encoding import Encoding
 from lmcache_core.tiers.host import HostTier
 from lmcache_core.tiers.remote import RemoteTier
 from lmcache_core.transfer.executor import Runtime
@@ -95,22 +98,37 @@ def _open(
     )
     engines: list[ChunkEngine] = []
     services = _services(arena, runtime, metrics, lambda token: engines[0].released(token))
-    connectors: list[tuple[str, TierConfig, RemoteConnector]] = []
+    connectors: list[tuple[str, TierConfig, Encoding, RemoteConnector]] = []
+    codecs = Codecs()
     try:
         meanwhile()
         for tier in config.tiers:
-            name = _tier_name(tier, [n for n, _, _ in connectors])
-            connectors.append((name, tier, plugins.open_connector(tier.url, services)))
+            name = _tier_name(tier, [row[0] for row in connectors])
+            encoding = Encoding(
+                tier,
+                codecs,
+                count=partial(_count, metrics, name),
+            )
+            connector = plugins.open_connector(tier.url, services)
+            connectors.append((name, tier, encoding, connector))
     except BaseException:
-        for _, _, connector in connectors:
+        for *_, connector in connectors:
             connector.close()
         arena.close()
         raise
 
     def open_tiers(host: HostTier) -> list[RemoteTier]:
         return [
-            RemoteTier(name, connector, config=tier, host=host, runtime=runtime, metrics=metrics)
-            for name, tier, connector in connectors
+            RemoteTier(
+                name,
+                connector,
+                config=tier,
+                host=host,
+                runtime=runtime,
+                metrics=metrics,
+                encoding=encoding,
+            )
+            for name, tier, encoding, connector in connectors
         ]
 
     engine = make(
@@ -132,6 +150,10 @@ def _check_room(config: EngineConfig, layout: ChunkLayout) -> None:
             f"the host tier has {config.host_bytes}",
             hint="give the host tier room for at least a few chunks",
         )
+
+
+def _count(metrics: Metrics, tier: str, event: str, amount: int) -> None:
+    metrics.counter(f"{tier}.{event}").inc(amount)
 
 
 def _tier_name(tier: TierConfig, taken: list[str]) -> str:

@@ -25,6 +25,8 @@ _REASON_OF = {
     Status.TIMED_OUT: "deadline",
     Status.ABANDONED: "deadline",
 }
+_OWN_REASONS = {"codec"}
+"""Reasons of a tier that say more than its status."""
 
 
 class Prefetch:
@@ -230,7 +232,7 @@ class Prefetcher:
         ticket.pending.add(index)
 
     def _fetch(self, chunk: HostChunk, arrival: _Arrival) -> None:
-        def settled(status: Status | None) -> None:
+        def settled(status: Status | None, why: str) -> None:
             del self._arriving[chunk.key]
             if status is Status.ABANDONED:
                 self._lose(chunk, arrival.tier)
@@ -239,12 +241,12 @@ class Prefetcher:
             else:
                 self._host.abort(chunk)
             for ticket, index in list(arrival.waiting):
-                self._arrived(ticket, index, status, arrival.tier)
+                self._arrived(ticket, index, status, arrival.tier, why)
 
         arrival.tier.fetch(chunk, settled, wanted=lambda: bool(arrival.waiting))
 
     def _arrived(
-        self, ticket: Prefetch, index: int, status: Status | None, tier: RemoteTier
+        self, ticket: Prefetch, index: int, status: Status | None, tier: RemoteTier, why: str
     ) -> None:
         ticket.pending.discard(index)
         self._join(ticket, index)
@@ -256,7 +258,8 @@ class Prefetcher:
             row = ticket.rows[self._tiers.readable.index(tier)]
             if row is not None:
                 row[index - ticket.first] = False
-            ticket.reasons[index] = _REASON_OF.get(status, "failed")
+            known = _REASON_OF.get(status, "failed")
+            ticket.reasons[index] = why if why in _OWN_REASONS else known
         # From the next tier that has it; otherwise the prefix ends here.
         self._advance(ticket)
 

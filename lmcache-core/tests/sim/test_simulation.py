@@ -10,8 +10,10 @@ import errno
 import os
 import random
 
+import msgspec
 import numpy as np
 import pytest
+from toy_codecs import Toy, holding
 from world import Crash, SimDisk, SimRemote, SimRuntime
 
 from lmcache_core.config import EngineConfig, TierConfig
@@ -23,12 +25,14 @@ from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
 from lmcache_core.prefetch import Prefetch
+from lmcache_core.recode import Recode
+from lmcache_core.tiers.encoding import Encoding
 from lmcache_core.tiers.host import ChunkState
 from lmcache_core.tiers.remote import RemoteTier
 
 # The last ones found something once.
 SEEDS = [*range(int(os.environ.get("LMC_SIM_SEEDS", "50"))), 750]
-PAYLOAD_BYTES = 3000
+PAYLOAD_BYTES = 13_000
 SLOT_BYTES = stored_bytes(PAYLOAD_BYTES)
 HOST_CHUNKS, DISK_CHUNKS, CHUNK = 7, 12, 4
 LAYOUT = ChunkLayout(chunk_size=CHUNK, payload_bytes=PAYLOAD_BYTES, description=b"sim")
@@ -44,7 +48,9 @@ CONFIG = EngineConfig(
 def content(tokens: list[int]) -> np.ndarray:
     """The only right bytes of the last chunk of ``tokens``."""
     seed = hash(tuple(tokens)) & 0xFFFFFFFF
-    return np.random.default_rng(seed).integers(0, 256, PAYLOAD_BYTES, np.uint8)
+    # Every other chunk is too random to shrink.
+    kinds = 256 if seed % 2 else 4
+    return np.random.default_rng(seed).integers(0, kinds, PAYLOAD_BYTES, np.uint8)
 
 
 class CheckedPages:
@@ -68,12 +74,19 @@ class Simulation:
         self.remote = SimRemote(self.rng)
         self.tickets: list[Prefetch] = []
         self.prompts: dict[int, list[int]] = {}
-        self.restarts = self.hits = 0
+        self.seed = seed
+        self.restarts = self.hits = self.recoded = 0
+        self.recodes: list[Recode] = []
+        self.toy = Toy()
+        self.codecs = holding(self.toy)
+        self.codecs.ready("toy", 10.0)
         self.engine = self.start()
 
     def start(self) -> CacheEngine:
         self.runtime = SimRuntime(self.rng)
         metrics = Metrics()
+        # Every second life encodes; each reads what the other wrote.
+        codec = "toy" if (self.seed + self.restarts) % 2 else ""
         connector = FileConnector(
             "/kv",
             durability=self.durability,
@@ -95,10 +108,11 @@ class Simulation:
                     host=host,
                     runtime=self.runtime,
                     metrics=metrics,
+                    encoding=Encoding(config, self.codecs),
                 )
                 for name, store, config in (
-                    ("disk", connector, TIER),
-                    ("remote", self.remote, REMOTE),
+                    ("disk", connector, msgspec.structs.replace(TIER, codec=codec)),
+                    ("remote", self.remote, msgspec.structs.replace(REMOTE, codec=codec)),
                 )
             ],
             runtime=self.runtime,
@@ -125,6 +139,8 @@ class Simulation:
             self.hits += self.engine.retrieve(tokens, CheckedPages(tokens))
         elif action < 0.72:
             self.prefetch()
+        elif action < 0.75:
+            self.recode()
         elif action < 0.90:
             for _ in range(self.rng.randint(1, 15)):
                 self.runtime.wait(0.01)
@@ -162,6 +178,15 @@ class Simulation:
                 self.engine.release(ticket)
                 self.tickets.remove(ticket)
 
+    def recode(self) -> None:
+        """Another form for a prefix or for all, of either tier, while everything goes on."""
+        tier = self.rng.choice(["disk", "remote"])
+        tokens = self.rng.choice([self.prompt(), None])
+        codec = self.rng.choice(["toy", ""])
+        self.recodes.append(self.engine.compress(tokens, tier=tier, codec=codec))
+        if self.rng.random() < 0.2:
+            self.rng.choice(self.recodes).cancel()
+
     def break_disk_for_a_while(self) -> None:
         number = self.rng.choice([errno.EIO, errno.ENOSPC, errno.EMFILE])
         left = self.rng.randint(1, 4)
@@ -195,6 +220,8 @@ class Simulation:
         self.disk.crash(power=self.rng.random() < 0.5)
         self.disk.peak_bytes = 0
         self.tickets.clear()
+        self.recoded += sum(order.recoded for order in self.recodes)
+        self.recodes.clear()
         self.restarts += 1
         self.engine = self.start()
 
@@ -236,6 +263,8 @@ class Simulation:
             assert not other.settling
         assert tier.used_bytes >= self.disk.used_bytes(), "bytes on disk that nobody counts"
         assert tier.used_bytes <= TIER.size_bytes
+        assert all(order.done for order in self.recodes)
+        self.recoded += sum(order.recoded for order in self.recodes)
         assert self.engine.close()
 
 
@@ -251,3 +280,5 @@ def test_the_simulation_exercises_what_it_is_for() -> None:
         simulation.run(steps=250)
     assert sum(s.restarts for s in runs) >= 8
     assert sum(s.hits for s in runs) > 1000
+    assert sum(s.recoded for s in runs) > 10
+    assert sum(s.toy.decoded for s in runs) > 30

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 
+from lmcache_core.codecs.registry import Codecs
 from lmcache_core.config import EngineConfig, TierConfig
 from lmcache_core.connectors.memory import MemoryConnector
 from lmcache_core.engine import CacheEngine
@@ -24,6 +26,7 @@ from lmcache_core.sdk import (
     OpContext,
     Status,
 )
+from lmcache_core.tiers.encoding import Encoding
 from lmcache_core.tiers.remote import RemoteTier
 from lmcache_core.transfer.executor import Runtime
 
@@ -100,6 +103,10 @@ class Pages:
         self.onboarded.append(np.array_equal(slot, self.content(index)))
 
 
+def count(metrics: Metrics, tier: str, event: str, amount: int) -> None:
+    metrics.counter(f"{tier}.{event}").inc(amount)
+
+
 Make = Callable[..., CacheEngine]
 
 
@@ -108,18 +115,22 @@ def make() -> Iterator[Make]:
     live: list[tuple[CacheEngine, list[MemoryConnector]]] = []
 
     def build(
-        *connectors: MemoryConnector, host_chunks: int = 8, tier: TierConfig = TIER
+        *connectors: MemoryConnector,
+        host_chunks: int = 8,
+        tier: TierConfig = TIER,
+        layout: ChunkLayout = LAYOUT,
+        codecs: Codecs | None = None,
     ) -> CacheEngine:
         runtime, metrics = Runtime(), Metrics()
         config = EngineConfig(
-            host_bytes=host_chunks * SLOT_BYTES,
+            host_bytes=host_chunks * stored_bytes(layout.payload_bytes),
             chunk_size=CHUNK,
             lookup_deadline_s=0.3,
             close_timeout_s=0.3,
         )
         engine = CacheEngine(
             config=config,
-            layout=LAYOUT,
+            layout=layout,
             namespace=Namespace.of({"model": "unit"}),
             arena=Arena.create(config.host_bytes, prefault=False, warn=print),
             open_tiers=lambda host: [
@@ -130,6 +141,9 @@ def make() -> Iterator[Make]:
                     host=host,
                     runtime=runtime,
                     metrics=metrics,
+                    encoding=Encoding(
+                        tier, codecs or Codecs(), count=partial(count, metrics, f"t{i}")
+                    ),
                 )
                 for i, connector in enumerate(connectors)
             ],

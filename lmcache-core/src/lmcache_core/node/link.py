@@ -133,7 +133,7 @@ def greet(
         session,
         token,
         os.getpid(),
-        tuple(LayoutSpec(x.chunk_size, x.payload_bytes, x.description) for x in layouts),
+        tuple(LayoutSpec.of(layout) for layout in layouts),
     )
     fds: list[int] = []
     sock: socket.socket | None = None

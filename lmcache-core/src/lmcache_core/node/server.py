@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 
 from lmcache_core.chunks import ChunkEngine
 from lmcache_core.envelope import stored_bytes
-from lmcache_core.layout import ChunkLayout
 from lmcache_core.logs import EventLog
 from lmcache_core.node import protocol
 from lmcache_core.node.address import Listener, is_trusted, peer_uid
@@ -28,7 +27,7 @@ from lmcache_core.node.connection import Connection
 from lmcache_core.node.protocol import FromClient, Hello, ProtocolError, Refused, Welcome
 from lmcache_core.node.session import Session
 from lmcache_core.node.wake import Wake
-from lmcache_core.sdk import LMCacheError
+from lmcache_core.sdk import ContractViolation, LMCacheError
 
 GREETING_S = 5.0
 """For `Hello`; whoever is slower owns nothing yet, and is closed."""
@@ -320,14 +319,11 @@ class NodeServer:
             return Refused("closing", "the node server is stopping", "wait for its successor")
         if len(self._sessions) >= self.engine.config.max_sessions:
             return Refused("full", "too many sessions", "raise max_sessions")
-        layouts = [
-            ChunkLayout(
-                chunk_size=spec.chunk_size,
-                payload_bytes=spec.payload_bytes,
-                description=spec.description,
-            )
-            for spec in message.layouts
-        ]
+        try:
+            layouts = [spec.layout() for spec in message.layouts]
+        except ContractViolation as error:
+            why = error.message[: protocol.MAX_TEXT]
+            return Refused("layout", why, "the engine's adapter describes its pages wrongly")
         largest = max((stored_bytes(layout.payload_bytes) for layout in layouts), default=0)
         if largest > self._limit_bytes:
             return Refused(

@@ -97,12 +97,19 @@ class Calls:
         answered: Callable[[list[Status]], None],
         wanted: Callable[[], bool] = lambda: True,
         cancelled: Callable[[], None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None,
+        finish: Callable[[list[Status], float], list[Status]] = lambda statuses, left_s: statuses,
     ) -> None:
         """Queue ``run``; ``answered`` gets ``width`` statuses in the owner thread, always,
         or ``cancelled`` is called instead when it was no longer ``wanted`` as its turn came.
 
         A load has its deadline from now on, since a request waits for it; a store from when
-        it starts.
+        ``run`` starts.  ``prepare`` before it and ``finish`` after it are our own work in the
+        same thread: the store is judged by ``run`` alone.
+
+        Args:
+            finish: gets the store's answers and the seconds left until the deadline; gives the
+                statuses that are answered; must not raise.
         """
         call_id = next(self._ids)
         call = self._open_calls[call_id] = _Call()
@@ -120,8 +127,11 @@ class Calls:
             self._count(f"{event}.{op}", width)
             answered([status] * width)
 
-        def settle(statuses: list[Status], error: LMCacheError | None) -> None:
-            self._judge(op, statuses, error)
+        def settle(told: list[Status], statuses: list[Status], error: LMCacheError | None) -> None:
+            self._judge(op, told, error)
+            for status in statuses:
+                if status not in (Status.OK, Status.MISS):
+                    self._count(f"{op}.{status.value}", 1)
             answered(statuses)
 
         def job() -> None:
@@ -132,16 +142,20 @@ class Calls:
             if now_s >= latest_s:
                 end(lambda: not_run("dropped_late", Status.TIMED_OUT))
                 return
-            call.deadline_s = min(latest_s, now_s + deadline_s)
             error: LMCacheError | None = None
+            until_s = latest_s
             try:
-                statuses = run(OpContext(deadline_s=call.deadline_s))
-                if len(statuses) != width:
+                prepare()
+                call.deadline_s = until_s = min(latest_s, self._runtime.now_s() + deadline_s)
+                told = run(OpContext(deadline_s=until_s))
+                if len(told) != width:
                     raise LMCacheError("an answer of the wrong length", op=op)
             except Exception as caught:  # the boundary to foreign code: counted, never lost
                 error = caught if isinstance(caught, LMCacheError) else LMCacheError(repr(caught))
-                statuses = [Status.FAILED] * width
-            end(lambda: settle(statuses, error))
+                told = [Status.FAILED] * width
+            call.deadline_s = math.inf
+            statuses = told if error else finish(told, until_s - self._runtime.now_s())
+            end(lambda: settle(told, statuses, error))
 
         if not self._executor.submit(job, lane):
             end(lambda: not_run("dropped_queue", Status.FAILED))
@@ -181,9 +195,6 @@ class Calls:
             self._breaker.success()
         else:
             self._failed(f"{op} failed", fatal=False)
-        for status in statuses:
-            if status not in (Status.OK, Status.MISS):
-                self._count(f"{op}.{status.value}", 1)
 
     def _failed(self, reason: str, *, fatal: bool) -> None:
         if self._breaker.failure(reason, fatal=fatal):

@@ -18,7 +18,7 @@ from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.allocator import Allocator
 from lmcache_core.memory.arena import Arena
 from lmcache_core.policy.lru import Lru
-from lmcache_core.sdk import ContractViolation
+from lmcache_core.sdk import Buffer, ContractViolation, ReleaseToken
 
 
 class ChunkState(enum.Enum):
@@ -40,10 +40,13 @@ class HostChunk:
         pins: readers that need it to stay.
         doomed: dropped while pinned; freed with the last pin.
         origin: tier that it came from, "" when the engine computed it.
+        codec, read_bytes, stamp: how it was encoded there, its size there, and which put of the
+            tier it is of.
         frame_lock, framed: the envelope header is written once, by whoever needs it first.
     """
 
     __slots__ = (
+        "codec",
         "doomed",
         "frame_lock",
         "framed",
@@ -53,6 +56,8 @@ class HostChunk:
         "origin",
         "parent",
         "pins",
+        "read_bytes",
+        "stamp",
         "state",
     )  # fmt: skip
 
@@ -65,6 +70,9 @@ class HostChunk:
         self.pins = 0
         self.doomed = False
         self.origin = ""
+        self.codec = ""
+        self.read_bytes = 0
+        self.stamp = 0
         self.frame_lock = threading.Lock()
         self.framed = False
 
@@ -133,15 +141,23 @@ class HostTier:
         """
         if key in self._chunks:
             return None
+        chunk = self.borrow(key, parent, layout)
+        if chunk is not None:
+            self._chunks[key] = chunk
+        return chunk
+
+    def borrow(self, key: bytes, parent: bytes | None, layout: ChunkLayout) -> HostChunk | None:
+        """A WRITING slot that is never served: for `abort` or `lose`, not `seal`.
+
+        None when everything else is pinned or written.
+        """
         nbytes = stored_bytes(layout.payload_bytes)
         offset = self._allocator.alloc(nbytes)
         if offset is None:
             offset = self._evict_for(nbytes)
             if offset is None:
                 return None
-        chunk = HostChunk(key, parent, offset, layout)
-        self._chunks[key] = chunk
-        return chunk
+        return HostChunk(key, parent, offset, layout)
 
     def seal(self, chunk: HostChunk) -> None:
         """The payload is whole: the chunk may be served."""
@@ -219,6 +235,18 @@ class HostTier:
     def slot(self, chunk: HostChunk) -> memoryview:
         """Header and payload as writable bytes."""
         return self.arena.view(chunk.offset, stored_bytes(chunk.payload_bytes))
+
+    def buffer(self, chunk: HostChunk, view: memoryview) -> Buffer:
+        """``view``, which starts at the slot of ``chunk``, as connectors take it."""
+        region = self.arena.region
+        return Buffer(
+            view=view,
+            address=region.address + chunk.offset,
+            nbytes=len(view),
+            memory=region.memory,
+            region=region,
+            token=ReleaseToken(chunk.offset),
+        )
 
     def payload(self, chunk: HostChunk) -> npt.NDArray[np.uint8]:
         """The payload, flat, uint8, writable: shape ``(payload_bytes,)``."""

@@ -7,7 +7,8 @@ understates what is on the store.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 from lmcache_core.policy.lru import Lru
 
@@ -17,19 +18,23 @@ class Quota:
 
     Args:
         limit_bytes: most bytes to hold; 0 is no limit.
+        now_s: the engine's clock.
 
     Attributes:
         used_bytes: of every key that is or may be on the store.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, now_s: Callable[[], float]) -> None:
         self.limit_bytes = limit_bytes
+        self._now_s = now_s
+        self._used_at_s: dict[bytes, float] = {}
         self.used_bytes = 0
         self._sizes: dict[bytes, int] = {}
         self._lru = Lru()
         self._leaving: set[bytes] = set()
         self._leaving_bytes = 0
         self._writing: set[bytes] = set()
+        self._before: dict[bytes, int] = {}
         self._stamps = itertools.count(1)
         self._stamp_of: dict[bytes, int] = {}
 
@@ -45,34 +50,57 @@ class Quota:
         """Whether a delete of ``key`` is pending."""
         return key in self._leaving
 
-    def keys_of(self, tag: bytes) -> list[bytes]:
-        """Held keys that start with ``tag``."""
-        return [key for key in self._sizes if key.startswith(tag)]
+    def keys_of(self, tag: bytes, used_before_s: float = math.inf) -> list[bytes]:
+        """Held keys that start with ``tag``, not used since ``used_before_s``."""
+        used_at_s = self._used_at_s
+        return [
+            key
+            for key in self._sizes
+            if key.startswith(tag) and used_at_s.get(key, 0.0) < used_before_s
+        ]
+
+    def size(self, key: bytes) -> int:
+        """Bytes that ``key`` counts; 0 when it is not held."""
+        return self._sizes.get(key, 0)
 
     def fits(self, nbytes: int) -> bool:
         """Whether ``nbytes`` more may be put now."""
         return not self.limit_bytes or self.used_bytes + nbytes <= self.limit_bytes
 
-    def found(self, key: bytes, nbytes: int) -> None:
+    def found(self, key: bytes, nbytes: int, used_at_s: float) -> None:
         """``key`` was on the store already; call in order of last use, oldest first."""
         self._sizes[key] = nbytes
+        self._used_at_s[key] = used_at_s
         self.used_bytes += nbytes
         self._stamp_of[key] = next(self._stamps)
         self._lru.add(key, None)
 
     def put_started(self, key: bytes, nbytes: int) -> None:
-        """Count ``key``; a key that is held keeps its size."""
-        if key not in self._sizes:
-            self._sizes[key] = nbytes
-            self.used_bytes += nbytes
+        """Count at most ``nbytes``, beside those of a key that is held: for a moment both may be
+        there."""
+        if key in self._sizes:
+            self._before[key] = self._sizes[key]
+        self._resize(key, self._sizes.get(key, 0) + nbytes)
         self._stamp_of[key] = next(self._stamps)
         self._writing.add(key)
 
-    def put_ended(self, key: bytes, parent: bytes | None, *, ok: bool) -> None:
-        """The put has settled; one that is not OK is in doubt and to be deleted."""
+    def put_ended(self, key: bytes, parent: bytes | None, *, ok: bool, nbytes: int) -> None:
+        """The put of ``nbytes`` has settled; one that is not OK is in doubt: what was there
+        before, or what was put."""
         self._writing.discard(key)
+        before = self._before.pop(key, 0)
+        if key in self._sizes:
+            self._resize(key, nbytes if ok else max(before, nbytes))
         if ok:
             self._lru.add(key, parent)
+            self._used_at_s[key] = self._now_s()
+
+    def _resize(self, key: bytes, nbytes: int) -> None:
+        change = nbytes - self._sizes.get(key, 0)
+        self._sizes[key] = nbytes
+        self.used_bytes += change
+        if key in self._leaving:
+            self._leaving_bytes += change
 
     def choose_victims(self, nbytes: int) -> list[bytes]:
         """Oldest keys whose deletes, with those pending, make room for ``nbytes``."""
@@ -111,6 +139,7 @@ class Quota:
             if key not in self._leaving and key not in self._writing:
                 self._lru.remove(key)
                 self._stamp_of.pop(key, None)
+                self._used_at_s.pop(key, None)
                 self.used_bytes -= self._sizes.pop(key, 0)
 
     def stamp(self, key: bytes) -> int:
@@ -125,3 +154,5 @@ class Quota:
     def touch(self, key: bytes) -> None:
         """``key`` was used."""
         self._lru.touch([key])
+        if key in self._sizes:
+            self._used_at_s[key] = self._now_s()

@@ -7,39 +7,32 @@ the owner keeps (WRITING or pinned) until the job has settled.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
-from lmcache_core import envelope
 from lmcache_core.config import TierConfig
 from lmcache_core.logs import EventLog
 from lmcache_core.metrics import Metrics
+from lmcache_core.policy.codec_choice import Way
 from lmcache_core.sdk import (
-    Buffer,
     GetResult,
+    OnExisting,
     OpContext,
-    ReleaseToken,
     RemoteConnector,
     ScanEntry,
     Sharing,
     Status,
     SupportsScan,
+    Unsupported,
 )
 from lmcache_core.tiers.calls import Calls
+from lmcache_core.tiers.encoding import Encoding
 from lmcache_core.tiers.host import HostChunk, HostTier
+from lmcache_core.tiers.puts import MAX_BATCH, Puts
 from lmcache_core.tiers.quota import Quota
 from lmcache_core.transfer.executor import Lane, Runtime
-
-PUT_BYTES = 4 << 20
-"""Chunks are put together until they have so many bytes."""
-
-
-class _Put(NamedTuple):
-    chunk: HostChunk
-    nbytes: int
-    done: Callable[[Status], None]
 
 
 class RemoteTier:
@@ -49,9 +42,11 @@ class RemoteTier:
         name: in metrics and hit reports.
         connector: open; the tier closes it.
         host: whose slots are read and written.
+        encoding: of the chunks on the store.
 
     Attributes:
         on_change: told each key that was stored here, and each that was deleted.
+        on_lost: told a slot that native code may still touch.
     """
 
     def __init__(
@@ -63,6 +58,7 @@ class RemoteTier:
         host: HostTier,
         runtime: Runtime,
         metrics: Metrics,
+        encoding: Encoding,
     ) -> None:
         self.name = name
         self.config = config
@@ -74,11 +70,14 @@ class RemoteTier:
         self._calls = Calls(
             name, connector, config=config, runtime=runtime, count=self.count, log=self._log
         )
+        self._encoding = encoding
         self.on_change: Callable[[bytes, bool], None] = lambda key, present: None
+        self.on_lost: Callable[[HostChunk], None] = lambda slot: None
+        self._unreadable: set[bytes] = set()
         self._absent: OrderedDict[bytes, float] = OrderedDict()
-        self._quota = Quota(config.size_bytes)
-        self._waiting: deque[_Put] = deque()
-        self._max_batch = max(1, min(connector.capabilities.max_batch, 128))
+        self._quota = Quota(config.size_bytes, runtime.now_s)
+        self._max_batch = max(1, min(connector.capabilities.max_batch, MAX_BATCH))
+        self._puts = Puts(self, host, runtime, self._calls, self._quota, encoding)
 
     def count(self, event: str, amount: int = 1) -> None:
         """Count ``event`` under this tier's name."""
@@ -104,6 +103,10 @@ class RemoteTier:
         """Bytes that are or may be on the store, as far as we know."""
         return self._quota.used_bytes
 
+    def stored_size(self, key: bytes) -> int:
+        """Bytes that ``key`` takes on the store, as far as we know; 0 when it is not there."""
+        return self._quota.size(key)
+
     def recover(self) -> None:
         """Learn what an earlier process left, with its sizes; blocks; called at open."""
         if not isinstance(self.connector, SupportsScan) or not self.connector.capabilities.scan:
@@ -115,14 +118,16 @@ class RemoteTier:
         entries: list[ScanEntry] = sorted(
             self.connector.scan(b"", ctx), key=lambda entry: entry.used_at_s
         )
+        epoch_s, now_s = time.time(), self._runtime.now_s()
         for entry in entries:
-            self._quota.found(entry.key, entry.nbytes)
-        self._evict(0)
+            used_at_s = now_s - max(0.0, epoch_s - entry.used_at_s)
+            self._quota.found(entry.key, entry.nbytes, used_at_s)
+        self.make_room(0)
 
     def holds(self, key: bytes) -> bool:
         """Whether ``key`` is stored here to stay, or on its way here, as far as we know."""
         stays = key in self._quota and not self._quota.is_leaving(key)
-        return stays or any(put.chunk.key == key for put in self._waiting)
+        return (stays and key not in self._unreadable) or key in self._puts
 
     def exists(self, keys: Sequence[bytes], done: Callable[[list[bool], str], None]) -> None:
         """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order, and why the
@@ -171,53 +176,81 @@ class RemoteTier:
     def fetch(
         self,
         chunk: HostChunk,
-        done: Callable[[Status | None], None],
+        done: Callable[[Status | None, str], None],
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Fill the WRITING ``chunk``; OK only when its envelope was verified.
+        """Fill the WRITING ``chunk``; OK only when its envelope was verified and it is decoded.
 
-        ``done`` comes when nobody but the owner can touch the slot any more, or with
-        ABANDONED, in which case the slot is to be lost; with None when nothing was tried,
-        since ``wanted``, asked in the worker's thread, had turned False.
+        ``done`` comes, with the reason where we know more than the status, when nobody but the
+        owner can touch the slot any more, or with ABANDONED, in which case the slot is to be
+        lost; with None when nothing was tried, since ``wanted``, asked in the worker's thread,
+        had turned False.
         """
         slot = self._host.slot(chunk)
-        buffer = self._buffer(chunk, slot)
-        verdict: list[str] = []
+        buffer = self._host.buffer(chunk, slot)
+        chunk.stamp = self._quota.stamp(chunk.key)
+        nbytes = 0
+        why = ""
 
         def run(ctx: OpContext) -> list[Status]:
-            result: GetResult = self.connector.get_into([chunk.key], [buffer], ctx)[0]
-            if result.status is not Status.OK:
-                return [result.status]
-            found = envelope.Verdict.LENGTH
-            if result.nbytes == envelope.stored_bytes(chunk.payload_bytes):
-                found = envelope.verify(slot, key=chunk.key, layout=chunk.layout.fingerprint)
-            if found is not envelope.Verdict.OK:
-                verdict.append(found.value)
-                return [Status.CORRUPT]
-            chunk.framed = True
-            return [Status.OK]
+            nonlocal nbytes
+            self._encoding.loads.begin(self._runtime.now_s())
+            try:
+                result: GetResult = self.connector.get_into([chunk.key], [buffer], ctx)[0]
+                nbytes = result.nbytes if result.status is Status.OK else 0
+            finally:
+                self._encoding.loads.end(self._runtime.now_s(), nbytes)
+            return [result.status]
+
+        def finish(statuses: list[Status], left_s: float) -> list[Status]:
+            nonlocal why
+            if statuses[0] is not Status.OK:
+                return statuses
+            opened = self._encoding.open(
+                slot, key=chunk.key, layout=chunk.layout, nbytes=nbytes, timeout_s=left_s
+            )
+            chunk.framed, chunk.codec = not opened.codec, opened.codec
+            why = opened.why
+            return [opened.status]
 
         def answered(statuses: list[Status]) -> None:
-            status = statuses[0]
-            if status is Status.OK:
-                chunk.origin = self.name
-                self.count("read_bytes", envelope.stored_bytes(chunk.payload_bytes))
-                self._quota.touch(chunk.key)
-            elif status is Status.MISS:
-                self._quota.forget([chunk.key])
-            elif status in (Status.CORRUPT, Status.SIZE_MISMATCH):
-                why = verdict[0] if verdict else status.value
-                self.count("corrupt")
-                self.count(f"corrupt.{why}")
-                self._log.warn("chunk_corrupt", tier=self.name, why=why, key=chunk.key.hex())
-                self.delete([chunk.key])
-            done(status)
+            self._fetched(chunk, statuses[0], nbytes, why)
+            done(statuses[0], why)
 
         def cancelled() -> None:
             self.count("cancelled")
-            done(None)
+            done(None, "")
 
-        self._calls.start("get", Lane.LOAD, 1, run, answered, wanted=wanted, cancelled=cancelled)
+        self._calls.start(
+            "get",
+            Lane.LOAD,
+            1,
+            run,
+            answered,
+            wanted=wanted,
+            cancelled=cancelled,
+            finish=finish,
+        )
+
+    def _fetched(self, chunk: HostChunk, status: Status, nbytes: int, why: str) -> None:
+        if status is Status.OK:
+            chunk.origin, chunk.read_bytes = self.name, nbytes
+            self.count("read_bytes", nbytes)
+            self._quota.touch(chunk.key)
+        elif status is Status.MISS and why:
+            # It is there, but not for us: to be stored anew by whoever computes it.
+            self._note_absent(chunk.key)
+            if len(self._unreadable) >= self.config.max_negative_keys:
+                self._unreadable.clear()
+            self._unreadable.add(chunk.key)
+        elif status is Status.MISS:
+            self._quota.forget([chunk.key])
+        elif status in (Status.CORRUPT, Status.SIZE_MISMATCH):
+            reason = why or status.value
+            self.count("corrupt")
+            self.count(f"corrupt.{reason}")
+            self._log.warn("chunk_corrupt", tier=self.name, why=reason, key=chunk.key.hex())
+            self.delete([chunk.key])
 
     def store(self, chunk: HostChunk, done: Callable[[Status], None]) -> None:
         """Queue a write of the pinned, SEALED ``chunk`` until `start_stores`; ``done`` when its
@@ -227,47 +260,46 @@ class RemoteTier:
         the tier never holds more than ``size_bytes``.  Where the chunk itself is being deleted,
         such as one that was corrupt, it waits for that.
         """
-        put = _Put(chunk, envelope.stored_bytes(chunk.payload_bytes), done)
         if not self.available:
             self.count("dropped_breaker")
             done(Status.FAILED)
         elif self.holds(chunk.key):
             # A second copy beside the first, even for a moment, would not be counted.
             done(Status.OK)
-        elif len(self._waiting) >= self.config.max_queued:
-            self.count("dropped_queue.put")
-            done(Status.REJECTED)
         else:
-            self._waiting.append(put)
+            self._puts.add(chunk, done)
+
+    def way(self, codec: str, level: str) -> Way:
+        """What `rewrite` takes.
+
+        Raises:
+            ConfigError: no such codec, or level.
+            Unsupported: what is stored here can't be rewritten.
+        """
+        if self.config.write == "never":
+            raise Unsupported(f"tier {self.name} is only read", hint="set write: through")
+        if self.connector.capabilities.on_existing is not OnExisting.REPLACE:
+            raise Unsupported(
+                f"the store of tier {self.name} keeps the first value of a key",
+                hint="set the tier's codec, and store the chunks anew",
+            )
+        return self._encoding.way(codec, level)
+
+    def rewrite(self, chunk: HostChunk, way: Way, done: Callable[[Status], None]) -> None:
+        """Replace the stored bytes of ``chunk``, fetched from here, by another encoding of it.
+
+        The store has it all the while, in one form or the other.  MISS when it was deleted, or
+        is being, since it was fetched.
+        """
+        if self._quota.is_leaving(chunk.key) or chunk.stamp != self._quota.stamp(chunk.key):
+            done(Status.MISS)
+            return
+        self._puts.add(chunk, done, way)
+        self._puts.start()
 
     def start_stores(self) -> None:
-        """Start the queued puts that fit, small chunks several a call; have older chunks deleted
-        for the others, which start once that is confirmed."""
-        batch: list[_Put] = []
-        held: list[_Put] = []
-        while self._waiting:
-            put = self._waiting[0]
-            if self._quota.is_leaving(put.chunk.key):
-                held.append(self._waiting.popleft())
-                continue
-            if not self._quota.fits(put.nbytes):
-                if self.available and put.nbytes <= self.config.size_bytes:
-                    self._evict(sum(waiting.nbytes for waiting in self._waiting))
-                    if self._quota.has_leaving:
-                        break
-                self._waiting.popleft()
-                self.count("dropped_full")
-                put.done(Status.REJECTED)
-                continue
-            self._waiting.popleft()
-            self._quota.put_started(put.chunk.key, put.nbytes)
-            batch.append(put)
-            if sum(p.nbytes for p in batch) >= PUT_BYTES or len(batch) == self._max_batch:
-                self._put(batch)
-                batch = []
-        self._waiting.extendleft(reversed(held))
-        if batch:
-            self._put(batch)
+        """Start the queued puts that fit; have older chunks deleted for the others."""
+        self._puts.start()
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Remove ``keys`` in the background; their room is free once that is confirmed."""
@@ -282,9 +314,9 @@ class RemoteTier:
                 partial(self._deleted, batch),
             )
 
-    def keys_of(self, tag: bytes) -> list[bytes]:
-        """Known keys of one namespace tag."""
-        return self._quota.keys_of(tag)
+    def keys_of(self, tag: bytes, *, unused_for_s: float = 0.0) -> list[bytes]:
+        """Known keys of one namespace tag, b"" for all, that were not used for so long."""
+        return self._quota.keys_of(tag, self._runtime.now_s() - unused_for_s)
 
     def tick(self) -> None:
         """Notice overdue calls; called in every poll."""
@@ -305,55 +337,14 @@ class RemoteTier:
         if len(self._absent) > self.config.max_negative_keys:
             self._absent.popitem(last=False)
 
-    def _buffer(self, chunk: HostChunk, view: memoryview) -> Buffer:
-        region = self._host.arena.region
-        return Buffer(
-            view=view,
-            address=region.address + chunk.offset,
-            nbytes=len(view),
-            memory=region.memory,
-            region=region,
-            token=ReleaseToken(chunk.offset),
-        )
+    def stored(self, key: bytes) -> None:
+        """A put of ``key`` has succeeded."""
+        self._absent.pop(key, None)
+        self._unreadable.discard(key)
+        self.on_change(key, True)
 
-    def _put(self, batch: list[_Put]) -> None:
-        keys = [put.chunk.key for put in batch]
-
-        def run(ctx: OpContext) -> list[Status]:
-            sources = [self._sealed(put.chunk) for put in batch]
-            return self.connector.put_from(keys, sources, ctx)
-
-        def answered(statuses: list[Status]) -> None:
-            for put, status in zip(batch, statuses):
-                self._quota.put_ended(put.chunk.key, put.chunk.parent, ok=status is Status.OK)
-                if status is Status.OK:
-                    self._absent.pop(put.chunk.key, None)
-                    self.on_change(put.chunk.key, True)
-                    self.count("stored")
-                    self.count("stored_bytes", put.nbytes)
-            doubtful = [key for key, s in zip(keys, statuses) if s is not Status.OK]
-            # The room stays taken until their delete is confirmed.
-            self.delete(doubtful)
-            for put, status in zip(batch, statuses):
-                put.done(status)
-
-        self._calls.start("put", Lane.STORE, len(batch), run, answered)
-
-    def _sealed(self, chunk: HostChunk) -> Buffer:
-        """The slot with its envelope's header, which the first tier that needs it writes."""
-        slot = self._host.slot(chunk)
-        with chunk.frame_lock:
-            if not chunk.framed:
-                envelope.seal(
-                    slot,
-                    key=chunk.key,
-                    layout=chunk.layout.fingerprint,
-                    payload_bytes=chunk.payload_bytes,
-                )
-                chunk.framed = True
-        return self._buffer(chunk, slot.toreadonly())
-
-    def _evict(self, nbytes: int) -> None:
+    def make_room(self, nbytes: int) -> None:
+        """Have the oldest chunks deleted, until so many bytes more will fit."""
         victims = self._quota.choose_victims(nbytes)
         if victims:
             self.count("evicted", len(victims))
@@ -364,7 +355,6 @@ class RemoteTier:
         self._quota.delete_ended(keys, gone)
         for key in gone:
             self.on_change(key, False)
-        if len(gone) < len(keys) and self._waiting:
-            self.count("dropped_full")
-            self._waiting.popleft().done(Status.REJECTED)
-        self.start_stores()
+        if len(gone) < len(keys):
+            self._puts.drop_first()
+        self._puts.start()

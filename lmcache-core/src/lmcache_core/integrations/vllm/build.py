@@ -12,6 +12,7 @@ import msgspec
 
 from lmcache_core.cache import Cache, EmbeddedCache
 from lmcache_core.config import EngineConfig
+from lmcache_core.integrations.vllm.axes import page_axes
 from lmcache_core.integrations.vllm.geometry import Geometry, Group
 from lmcache_core.integrations.vllm.identity import engine_namespace
 from lmcache_core.integrations.vllm.scheduler import Scheduler
@@ -70,6 +71,7 @@ def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
             page_bytes=group.kv_cache_spec.page_size_bytes,
             window=_window(group.kv_cache_spec),
             chunk_size=chunk_size,
+            axes=page_axes(group.kv_cache_spec, kv_cache_config.kv_cache_layout),
         )
         for index, group in enumerate(kv_cache_config.kv_cache_groups)
     ]

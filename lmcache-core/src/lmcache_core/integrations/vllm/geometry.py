@@ -9,10 +9,29 @@ and a chunk is there whole or not at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lmcache_core.keys import key_suffix
 from lmcache_core.layout import ChunkLayout
+from lmcache_core.sdk import ELEMENT_BYTES, KVTensor, PayloadShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageAxes:
+    """Where keys and values lie in a page, in elements of ``dtype``: a page is two arrays.
+
+    Attributes:
+        dtype: as in `lmcache_core.sdk.ELEMENT_BYTES`; "" where it is none of these.
+        heads, head_size: of both arrays; 0 where the axes are not known.
+        starts: of the keys and of the values in the page.
+        strides: of the keys and of the values, over (token, head, head_size).
+    """
+
+    dtype: str = ""
+    heads: int = 0
+    head_size: int = 0
+    starts: tuple[int, int] = (0, 0)
+    strides: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 0), (0, 0, 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +46,7 @@ class Group:
         window: how many tokens before a position its attention needs; None for all.
         chunk_blocks: blocks in a chunk.
         stored_blocks: how many of them are stored, the last ones.
+        axes: what is known of its pages.
     """
 
     index: int
@@ -36,6 +56,7 @@ class Group:
     window: int | None
     chunk_blocks: int
     stored_blocks: int
+    axes: PageAxes = field(default=PageAxes(), repr=False)
 
     @classmethod
     def of(
@@ -47,6 +68,7 @@ class Group:
         page_bytes: int,
         window: int | None,
         chunk_size: int,
+        axes: PageAxes = PageAxes(),
     ) -> Group:
         """Of a window only the blocks that a hit at the chunk's end needs are stored."""
         blocks = chunk_size // block_size
@@ -59,6 +81,28 @@ class Group:
             window=window,
             chunk_blocks=blocks,
             stored_blocks=stored,
+            axes=axes,
+        )
+
+    def tensors(self, offset_bytes: int) -> tuple[KVTensor, ...]:
+        """Keys and values of one worker's part that starts there; empty where the axes are not
+        known."""
+        axes = self.axes
+        if not axes.heads:
+            return ()
+        size = ELEMENT_BYTES[axes.dtype]
+        outer = (self.stored_blocks * self.page_bytes, self.page_bytes)
+        shape = (self.layers, self.stored_blocks, self.block_size, axes.heads, axes.head_size)
+        return tuple(
+            KVTensor(
+                role=role,
+                offset_bytes=offset_bytes + start * size,
+                shape=shape,
+                strides_bytes=(*outer, token * size, head * size, channel * size),
+            )
+            for role, start, (token, head, channel) in zip(
+                ("key", "value"), axes.starts, axes.strides
+            )
         )
 
     @property
@@ -141,6 +185,7 @@ class Geometry:
                 chunk_size=chunk_size,
                 payload_bytes=nbytes,
                 description=b"%d parts, %r, " % (parts, members) + description,
+                shape=_shape(members, offsets, nbytes, parts),
             )
             kinds.append(Kind(members, layout, tuple(offsets), key_suffix(0, number)))
         if windowed:
@@ -166,3 +211,16 @@ class Geometry:
     def key(self, digest_key: bytes, kind: int) -> bytes:
         """The key of the same chunk of another kind."""
         return digest_key[: -len(self.kinds[kind].suffix)] + self.kinds[kind].suffix
+
+
+def _shape(groups: tuple[Group, ...], offsets: list[int], nbytes: int, parts: int) -> PayloadShape:
+    dtypes = {group.axes.dtype for group in groups}
+    dtype = dtypes.pop() if len(dtypes) == 1 else ""
+    found = [
+        group.tensors(offset + part * group.part_bytes)
+        for group, offset in zip(groups, offsets)
+        for part in range(parts)
+    ]
+    known = bool(dtype) and all(found)
+    tensors = tuple(tensor for each in found for tensor in each) if known else ()
+    return PayloadShape(nbytes=nbytes, dtype=dtype, tensors=tensors)

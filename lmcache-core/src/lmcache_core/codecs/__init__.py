@@ -1,0 +1,1 @@
+"""The codecs that core brings, each behind an extra."""
