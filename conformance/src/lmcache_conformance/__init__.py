@@ -1,4 +1,4 @@
-"""Conformance suite for backends of lmcache-core."""
+"""Conformance suite for backends and codecs of lmcache-core."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from lmcache_conformance.proxy import FaultProxy, Faults
 from lmcache_conformance.rig import within
 
 if TYPE_CHECKING:
+    from lmcache_conformance.codecs.suite import CodecConformance
     from lmcache_conformance.suite import ConnectorConformance
 
 __all__ = [
+    "CodecConformance",
     "ConnectorConformance",
     "FaultProxy",
     "Faults",
@@ -38,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from lmcache_conformance.suite import ConnectorConformance
 
         return ConnectorConformance
+    if name == "CodecConformance":
+        from lmcache_conformance.codecs.suite import CodecConformance
+
+        return CodecConformance
     raise AttributeError(name)

@@ -13,8 +13,11 @@ from rich.table import Table
 
 from lmcache_conformance import certificate, scaffold, waivers
 from lmcache_conformance.checks import CHECKS
-from lmcache_conformance.frame import Outcome, Profile, Result
+from lmcache_conformance.codecs import judge_codec
+from lmcache_conformance.codecs.judge import write as write_codec
+from lmcache_conformance.frame import Check, Outcome, Profile, Result
 from lmcache_conformance.judge import Judge, find, harnesses, name_of
+from lmcache_core.codecs.registry import Codecs
 from lmcache_core.sdk import LMCacheError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -77,6 +80,44 @@ def run(
     if missing:
         console.print(f"[bold red]required, and not passed: {', '.join(missing)}")
     raise typer.Exit(bool(missing if require else found.totals["FAIL"]))
+
+
+@app.command()
+def codec(
+    name: Annotated[str, typer.Argument(help="an installed codec")],
+    report: Annotated[Path, typer.Option(help="where the certificate goes")] = Path(
+        "build/certificates"
+    ),
+    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the certificate")] = False,
+) -> None:
+    """Judge a codec.
+
+    Examples:
+
+        lmcache-conformance codec zstd
+
+        lmcache-conformance codec mine --seed 7 --json
+    """
+    console = Console(stderr=True)
+
+    def told(check: Check, result: Result) -> None:
+        text = f"[{_COLOURS[result.outcome]}]{result.outcome.value:8}[/] {check.id:4} {check.rule}"
+        console.print(text, highlight=False)
+        if result.outcome is Outcome.FAIL:
+            console.print(f"     found: {result.reason}", markup=False, highlight=False)
+            console.print(f"     fix:   {check.fix}", markup=False, highlight=False)
+
+    with _errors():
+        made = Codecs().get(name)
+        made.prepare()
+        found = judge_codec(made, seed=seed, told=told)
+    path = write_codec(found, report)
+    if as_json:
+        sys.stdout.write(path.read_text())
+    else:
+        console.print(f"{found.verdict}; certificate: {path}")
+    raise typer.Exit(found.verdict != Outcome.PASS.value)
 
 
 @app.command()

@@ -11,10 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lmcache_conformance.rig import Rig
+from typing import Any, Protocol
 
 CLEANUP_LIMIT_S = 15.0
 
@@ -77,7 +74,18 @@ class Check:
     profile: Profile
     full_only: bool
     limit_s: float
-    run: Callable[[Rig], None]
+    run: Callable[[Any], None]
+
+
+class Subject(Protocol):
+    """What a check is run on: a `Rig`, or what a codec is judged with."""
+
+    seed: int
+    figures: dict[str, float]
+
+    def finish(self) -> list[str]:
+        """Clean up; what could not be."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +107,10 @@ def check(
     profile: Profile = Profile.CORE,
     full_only: bool = False,
     limit_s: float = 120.0,
-) -> Callable[[Callable[[Rig], None]], Check]:
+) -> Callable[[Callable[[Any], None]], Check]:
     """Make a `Check` of a function; its docstring is the rule."""
 
-    def made(run: Callable[[Rig], None]) -> Check:
+    def made(run: Callable[[Any], None]) -> Check:
         rule = " ".join((run.__doc__ or "").split())
         if not rule:
             raise TypeError(f"check {id} states no rule: write a docstring")
@@ -119,7 +127,7 @@ def plan(checks: Iterable[Check], *, full: bool) -> list[Check]:
     return [each for each in checks if full or not each.full_only]
 
 
-def run_check(check: Check, rig: Rig) -> Result:
+def run_check(check: Check, rig: Subject) -> Result:
     """Run one check on a rig of its own, and clean up after it; never raises.
 
     A backend that hangs is a FAIL: the check's thread is left behind.
