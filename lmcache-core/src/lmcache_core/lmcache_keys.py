@@ -33,6 +33,7 @@ _GROUPS: tuple[tuple[Fate, str, str], ...] = (
     ("mapped", "size of that tier, in GiB", "max_local_disk_size"),
     ("mapped", "tier at that URL, named remote; mooncakestore:// becomes mooncake://, resp:// and "
      "valkey:// redis://, fs:// file://", "remote_url"),
+    ("mapped", "codec of that tier: cachegen; naive is none", "remote_serde"),
     ("mapped", "tier gds://PATH", "gds_path"),
     ("mapped", "store_decode", "save_decode_cache"),
     ("mapped", "store_partial_chunk", "save_unfull_chunk"),
@@ -71,7 +72,6 @@ _GROUPS: tuple[tuple[Fate, str, str], ...] = (
      "p2p_host p2p_init_ports p2p_lookup_ports script_allowed_imports blend_recompute_ratios "
      "blend_thresholds blend_check_layers blend_min_tokens blend_special_str "
      "max_hidden_state_cpu_size hidden_state_layers hidden_states_retrieve_mode " + _PD),
-    ("refused", f"only naive: codecs come with {_LATER}", "remote_serde"),
     ("refused", "reuse of chunks that are no prefix changes the model's output",
      "enable_blending"),
     ("refused", f"transport from prefill to decode engines comes with {_LATER}", "enable_pd"),
@@ -95,7 +95,7 @@ _DEFAULTS: dict[str, Any] = {
     "internal_api_server_port_start": 6999, "pin_timeout_sec": 300, "pin_check_interval_sec": 30,
 }  # fmt: skip
 TIER_KEYS = ("local_disk", "gds_path", "remote_url")
-TIER_DETAILS = ("max_local_disk_size", "blocking_timeout_secs")
+TIER_DETAILS = ("max_local_disk_size", "blocking_timeout_secs", "remote_serde")
 """They say more about the tiers that `TIER_KEYS` make."""
 RENAMED = {
     "enable_xpyd": "enable_pd", "nixl_role": "pd_role", "nixl_peer_host": "pd_peer_host",
@@ -153,7 +153,7 @@ def translate(values: Mapping[str, Any]) -> Translated:
     warnings: list[str] = []
     for name, value in theirs.items():
         key = KEYS[name]
-        if key.fate == "mapped" or _asks_for_nothing(name, value):
+        if key.fate == "mapped" or asks_for_nothing(name, value):
             continue
         if key.fate == "refused":
             raise ConfigError(f"LMCache's {name} is refused: {key.note}", hint=f"remove {name}")
@@ -169,7 +169,8 @@ def translate(values: Mapping[str, Any]) -> Translated:
     )
 
 
-def _asks_for_nothing(name: str, value: Any) -> bool:
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether ``value`` is what LMCache does without the key ``name``."""
     return value is None or (value == _DEFAULTS[name] if name in _DEFAULTS else not value)
 
 
@@ -212,11 +213,21 @@ def _tiers(theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
         tiers.append({"url": _directory(theirs, "gds_path", "gds")})
     if theirs.get("remote_url"):
         # Its own name: with fs:// it would be a second tier named disk.
-        tiers.append({"url": _remote_url(theirs), "name": "remote"})
+        tiers.append({"url": _remote_url(theirs), "name": "remote"} | _codec(theirs))
     if theirs.get("blocking_timeout_secs") is not None:
         for tier in tiers:
             tier["deadline_s"] = _number(theirs, "blocking_timeout_secs")
     return tiers
+
+
+def _codec(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    serde = theirs.get("remote_serde") or "naive"
+    if serde not in ("naive", "cachegen"):
+        raise ConfigError(
+            f"remote_serde: {serde!r} is no codec here",
+            hint="lmc codec list shows what is installed; name it as codec of the tier under tiers",
+        )
+    return {} if serde == "naive" else {"codec": serde}
 
 
 def _number(theirs: Mapping[str, Any], name: str) -> float:

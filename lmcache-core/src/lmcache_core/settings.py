@@ -17,7 +17,7 @@ import msgspec
 import yaml
 
 from lmcache_core.config import EngineConfig, from_mapping
-from lmcache_core.lmcache_keys import KEYS, RENAMED, TIER_DETAILS, translate
+from lmcache_core.lmcache_keys import KEYS, RENAMED, TIER_DETAILS, asks_for_nothing, translate
 from lmcache_core.logs import logger
 from lmcache_core.sdk import ConfigError
 
@@ -117,7 +117,11 @@ def _settle(values: dict[str, Any], sources: dict[str, str], warnings: list[str]
     except ConfigError as error:
         raise _with_source(error, sources) from None
     made_from = translated.made_from
-    details = [("tiers", name) for name in TIER_DETAILS if values.get(name)]
+    details = [
+        ("tiers", name)
+        for name in TIER_DETAILS
+        if values.get(name) and not asks_for_nothing(name, values[name])
+    ]
     for ours, other in [*made_from.items(), *details]:
         if ours in own:
             # Two names for one thing would make one of them silently lose.

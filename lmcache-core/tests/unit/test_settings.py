@@ -186,7 +186,7 @@ def test_remote_urls_become_tiers(tmp_path: Path, old: str, new: str) -> None:
         ({"chunk_sise": 1}, "chunk_size"),
         ({"max_local_cpu_sise": 1}, "max_local_cpu_size"),
         ({"chunk_size": "many"}, "int"),
-        ({"remote_serde": "cachegen"}, "codecs"),
+        ({"remote_url": "redis://h:1", "remote_serde": "kivi"}, "no codec here"),
         ({"enable_blending": True}, "output"),
         ({"enable_pd": True}, "transport"),
         ({"storage_plugins": ["mine"]}, "backend package"),
@@ -285,3 +285,10 @@ def test_the_docs_show_the_table_and_every_key_of_ours() -> None:
     assert key_table() in text, "put the output of lmc config keys --markdown there"
     for name in EngineConfig.__struct_fields__:
         assert f"`{name}`" in text, name
+
+
+def test_lmcaches_serde_becomes_the_codec_of_its_tier(tmp_path: Path) -> None:
+    extra = {"remote_url": "redis://h:1", "remote_serde": "cachegen"}
+    assert load(tmp_path, extra=extra).config.tiers[0].codec == "cachegen"
+    ours = {"tiers": [{"url": "redis://h:1"}], "remote_serde": "naive"}
+    assert load(tmp_path, extra=ours).config.tiers[0].codec == ""

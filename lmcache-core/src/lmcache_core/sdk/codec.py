@@ -60,8 +60,9 @@ class PayloadShape:
             axes are not known.
 
     Raises:
-        ContractViolation: a tensor reaches outside of the payload, lies over itself, or they are
-            not the whole of it.  Codecs may trust that every element lies inside.
+        ContractViolation: a tensor reaches outside of the payload or lies over itself, or they
+            have not as many elements as it.  Codecs may trust that every element lies inside;
+            that two tensors do not lie over each other is the adapter's word.
     """
 
     nbytes: int
@@ -166,7 +167,8 @@ class CannotDecode(LMCacheError):
 
 class Codec(ABC):
     """One codec.  Thread-safe; long work releases the interpreter's lock; keeps no reference to
-    a buffer after a call."""
+    a buffer after a call.  Making one raises ConfigError, with the command that installs it, where
+    something that it needs is missing, and imports nothing heavy."""
 
     info: CodecInfo
 
