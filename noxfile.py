@@ -268,8 +268,6 @@ def codec_report(session: nox.Session) -> None:
     """What each codec and level costs SmolLM2 (5 minutes on one core); `-- --windows 4` for
     short.  Writes build/codecs.json and build/codecs.png."""
     python = vllm_python(session)
-    extra = ("-c", "constraints.txt", "-e", "lmcache-core[report]")
-    session.run(python, "-m", "pip", "install", "-q", *extra, external=True)
     session.run("python3.11", "tools/demo.py", "--model-only", external=True)
     report = ("-m", "lmcache_core.cli", "codec", "report", "build/models/SmolLM2-135M-Instruct")
     options = ("--out", "build", "--windows", "24", *session.posargs)

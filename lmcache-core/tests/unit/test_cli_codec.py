@@ -132,6 +132,12 @@ def test_sizes_of_a_report_fit_each_other(options: list[str], hint: str) -> None
     assert hint in result.stderr
 
 
+def test_a_report_says_before_it_measures_that_it_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run(app, ["codec", "report", "somewhere", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 2 and "is not a directory" in result.stderr
+
+
 def test_the_text_that_ships_is_prose_with_its_source_beside_it() -> None:
     text, name = read_text(None)
     assert len(text.split()) >= 12_000

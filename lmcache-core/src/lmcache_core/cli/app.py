@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from lmcache_core.cli.backends import backend_rows
+from lmcache_core.cli.codec import codec_app
 from lmcache_core.cli.config import key_rows, key_table, setting_rows, settings_from
 from lmcache_core.cli.doctor import examine
 from lmcache_core.cli.init import render, write
 from lmcache_core.cli.serve import Serving, node_status, serve_node
+from lmcache_core.cli.show import Json, fail, show_rows
 from lmcache_core.sdk import LMCacheError
 
 app = typer.Typer(
@@ -28,7 +26,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+app.add_typer(codec_app, name="codec")
 
 
 @app.command(epilog="Examples:  lmc backends   |   lmc backends --json | jq '.[].scheme'")
@@ -39,7 +37,7 @@ def backends(as_json: Json = False) -> None:
     """
     rows = backend_rows()
     columns = ["scheme", "package", "version", "usable", "capabilities", "reason", "hint"]
-    _show(rows, columns, as_json)
+    show_rows(rows, columns, as_json)
     raise typer.Exit(int(any(row["broken"] for row in rows)))
 
 
@@ -56,7 +54,7 @@ def doctor(
     Exits with 1 when a check fails; a warning does not.
     """
     rows = examine(directory)
-    _show(rows, ["check", "state", "found", "hint"], as_json)
+    show_rows(rows, ["check", "state", "found", "hint"], as_json)
     raise typer.Exit(int(any(row["state"] == "fail" for row in rows)))
 
 
@@ -74,10 +72,10 @@ def show(
     try:
         settings = settings_from(file, os.environ)
     except LMCacheError as error:
-        _fail(error)
+        fail(error)
     for text in settings.warnings:
         typer.echo(f"warning: {text}", err=True)
-    _show(setting_rows(settings), ["key", "value", "source"], as_json)
+    show_rows(setting_rows(settings), ["key", "value", "source"], as_json)
 
 
 @config_app.command(epilog="Examples:  lmc config keys   |   lmc config keys --markdown")
@@ -89,7 +87,7 @@ def keys(
     if markdown:
         typer.echo(key_table(), nl=False)
         return
-    _show(key_rows(), ["key", "fate", "note"], as_json)
+    show_rows(key_rows(), ["key", "fate", "note"], as_json)
 
 
 @app.command(epilog="Examples:  lmc init   |   lmc init --dir /nvme/kv --out kv.yaml")
@@ -104,7 +102,7 @@ def init(
     try:
         write(out, render(directory), force=force)
     except LMCacheError as error:
-        _fail(error)
+        fail(error)
     transfer = (
         '{"kv_connector": "LMCacheCoreConnector", "kv_role": "kv_both", '
         '"kv_load_failure_policy": "recompute"}'
@@ -146,7 +144,7 @@ def serve(
         wish = Serving(socket, listen, token_file, metrics, as_json)
         raise typer.Exit(serve_node(settings.config, wish))
     except LMCacheError as error:
-        _fail(error)
+        fail(error)
 
 
 @app.command(epilog="Examples:  lmc node   |   lmc node --socket /run/lmcache/node.sock --json")
@@ -160,39 +158,13 @@ def node(
         config = settings_from(None, os.environ).config
         status = node_status(socket or config.node, token_file or config.node_token_file)
     except LMCacheError as error:
-        _fail(error)
+        fail(error)
     if as_json:
         typer.echo(json.dumps(status, indent=1))
         return
     for rows in (status.pop("tiers"), status.pop("sessions")):
         if rows:
-            _show(rows, list(rows[0]), False)
+            show_rows(rows, list(rows[0]), False)
     counters = status.pop("counters")
     both = [*status.items(), *counters.items()]
-    _show([{"what": name, "value": value} for name, value in both], ["what", "value"], False)
-
-
-def _fail(error: LMCacheError) -> NoReturn:
-    typer.echo(f"error: {error.message}", err=True)
-    if error.hint:
-        typer.echo(f"hint: {error.hint}", err=True)
-    raise typer.Exit(2)
-
-
-def _show(rows: Sequence[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    table = Table()
-    for column in columns:
-        # Folded, not cut: commands are there to be copied.
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_text(row[column])) for column in columns))
-    Console().print(table)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    show_rows([{"what": name, "value": value} for name, value in both], ["what", "value"], False)

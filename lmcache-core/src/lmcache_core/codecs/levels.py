@@ -35,7 +35,7 @@ def _scaled(factor: float, max_error: float) -> Level:
 
 
 LEVELS: Mapping[str, Level] = MappingProxyType(
-    {"low": _scaled(0.7, 0.15), "medium": _scaled(1.1, 0.23), "high": _scaled(1.5, 0.31)}
+    {"low": _scaled(0.5, 0.12), "medium": _scaled(1.1, 0.23), "high": _scaled(1.5, 0.31)}
 )
 
 

@@ -26,6 +26,8 @@ AUTO = "auto"
 PREPARE_LIMIT_S = 120.0
 """A store waits so long for a codec that is being compiled."""
 _PAGE_BYTES = 4096
+# The choice of `auto` counts processor time: while chunks are encoded the engine computes beside
+# them, while a prefix is decoded it waits.
 
 
 class Opened(NamedTuple):
@@ -169,7 +171,7 @@ class Encoding:
         # Encoded and decoded bytes share the slot, so the smaller of them moves out.
         source = self._borrow(nbytes)
         source[:] = body[:nbytes]
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         try:
             codec.decode_into(source.toreadonly(), body[: layout.payload_bytes], shape=layout.shape)
         except CannotDecode as error:
@@ -182,7 +184,7 @@ class Encoding:
             return Opened(Status.CORRUPT, "codec_failed")
         self._count(f"decoded.{name}", 1)
         if self._chooser is not None:
-            seconds = time.perf_counter() - start_s
+            seconds = time.thread_time() - start_s
             for way in self._chooser_ways(name):
                 self._chooser.decoded(way, layout.payload_bytes, seconds)
         return Opened(Status.OK, codec=name)
@@ -191,21 +193,21 @@ class Encoding:
         self, way: Way, payload: memoryview, target: memoryview, layout: ChunkLayout
     ) -> int | None:
         room = target[: max(0, layout.payload_bytes - _PAGE_BYTES)]
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         nbytes: int | None = None
         try:
             codec = self._codecs.ready(way.codec, PREPARE_LIMIT_S)
             if codec is None:
                 self._say("codec_not_ready", way.codec, f"not within {PREPARE_LIMIT_S} s")
                 return None
-            start_s = time.perf_counter()
+            start_s = time.thread_time()
             nbytes = self._checked(codec, payload, room, layout, way.level)
         except CannotEncode as error:
             self._say(f"codec_refused.{error.reason}", way.codec, str(error))
         except Exception as error:  # the boundary to foreign code: counted, never lost
             self._say("codec_failed", way.codec, str(error) or repr(error))
         if self._chooser is not None:
-            seconds = time.perf_counter() - start_s
+            seconds = time.thread_time() - start_s
             stored = layout.payload_bytes if nbytes is None else nbytes
             self._chooser.encoded(way, layout.payload_bytes, stored, seconds)
         return nbytes
