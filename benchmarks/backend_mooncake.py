@@ -30,6 +30,9 @@ from lmcache_core.sdk import HostServices, RemoteConnector, Status
 MIB = 1 << 20
 SIZES = (("1MiB", MIB, 32), ("32MiB", 32 * MIB, 4))
 TARGET = 0.90
+TURNS = 3
+"""Two processes of the same program differ by a tenth for as long as they live, ours and bare ones
+alike, so there are several of each."""
 
 _BARE = """
 import json, mmap, sys, time, ctypes
@@ -101,9 +104,11 @@ def host(memory: Memory) -> HostServices:
     )
 
 
-def of_size(
-    server: MooncakeServer, label: str, nbytes: int, count: int, rounds: int
-) -> list[Figure]:
+Times = dict[str, dict[str, list[float]]]
+
+
+def times_of(server: MooncakeServer, nbytes: int, count: int, rounds: int) -> Times:
+    """Seconds of put and get in each round, by processes of their own."""
     memory = Memory([nbytes] * count, region_id=1)
     memory.array[:] = np.random.default_rng(0).integers(0, 255, len(memory.array), np.uint8)
     store = open_store(server, memory)
@@ -129,9 +134,7 @@ def of_size(
         store.delete(keys, within(60))
         bare.do("delete")
 
-    times: dict[str, dict[str, list[float]]] = {
-        op: {"ours": [], "raw": []} for op in ("put", "get")
-    }
+    times: Times = {op: {"ours": [], "raw": []} for op in ("put", "get")}
     runs: dict[str, dict[str, Callable[[], float]]] = {
         "put": {"ours": put, "raw": lambda: bare.do("put")},
         "get": {"ours": get, "raw": lambda: bare.do("get")},
@@ -146,6 +149,18 @@ def of_size(
         empty()
     bare.close()
     store.close()
+    return times
+
+
+def of_size(
+    server: MooncakeServer, label: str, nbytes: int, count: int, rounds: int
+) -> list[Figure]:
+    """Figures of put and get, out of `TURNS` times so many rounds."""
+    turns = [times_of(server, nbytes, count, rounds) for _ in range(TURNS)]
+    times = {
+        op: {run: [s for turn in turns for s in turn[op][run]] for run in ("ours", "raw")}
+        for op in ("put", "get")
+    }
     method = f"{{}} of {count} values a call, TCP loopback, over bare {{}} of the same batch"
     return [
         throughput(f"mooncake.put_{label}", nbytes * count, times["put"], TARGET,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import struct
 import threading
@@ -16,7 +17,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_backend_infinistore import link, reading, wire
+from lmcache_backend_infinistore import link, reading, wire, writing
 from lmcache_backend_infinistore.layout import HEAD_BYTES, Head, head_name, new_version
 from lmcache_backend_infinistore.leftovers import Leftovers
 from lmcache_backend_infinistore.link import Absent, Mapped, NoRoom, RdmaLink
@@ -139,6 +140,94 @@ def test_a_read_that_finds_nothing_or_breaks_off(
         reading.ask(ours, "gone")
 
 
+PUT = bytes.fromhex("1000000000000a00100008000c0007000a0000000000005008000000")
+"""The start of a put as the library frames it: see HALF_PUT."""
+
+
+def framed_put(name: str, nbytes: int) -> bytes:
+    text = name.encode()
+    fields = struct.pack("<II", nbytes, len(text))
+    body = PUT + fields + text + bytes(4 - len(text) % 4)
+    return struct.pack("<IcI", 0xDEADBEEF, b"L", len(body)) + body
+
+
+def test_a_short_value_is_one_message_as_the_library_frames_it(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    theirs.sendall(struct.pack("<I", 200))
+    assert writing.store(ours, "lmc:00", b"head")
+    assert theirs.recv(4096) == framed_put("lmc:00", 4) + b"head"
+    theirs.sendall(struct.pack("<I", 507))
+    assert not writing.store(ours, "full", b"head")
+    theirs.sendall(struct.pack("<I", 400))
+    with pytest.raises(Lost, match="400"):
+        writing.store(ours, "odd", b"head")
+
+
+@pytest.mark.parametrize(("code", "there"), [(200, 0), (200, 1), (507, 1)])
+def test_a_payload_goes_with_the_question_for_another_name(
+    pair: tuple[socket.socket, socket.socket], code: int, there: int
+) -> None:
+    ours, theirs = pair
+    content = random.Random(0).randbytes(300_001)
+    theirs.sendall(struct.pack("<III", 200, there, code))
+    seen = bytearray()
+    source = memoryview(content)
+    assert writing.store_payload(ours, "payload", source, seen.extend, "head") == (
+        code == 200,
+        there == 0,
+    )
+    assert seen == content, "each byte once, in order"
+    asked = struct.pack("<IcI", 0xDEADBEEF, b"C", 4) + b"head"
+    due = asked + framed_put("payload", len(content)) + content
+    ours.close()
+    with theirs.makefile("rb") as stream:
+        assert stream.read() == due
+
+
+@pytest.mark.parametrize("answered", range(12))
+@pytest.mark.parametrize("taken", [0, 40, 100_000, 8 << 20])
+def test_a_put_that_nobody_acknowledges_is_lost(
+    pair: tuple[socket.socket, socket.socket], answered: int, taken: int
+) -> None:
+    """The server dies when it has taken so many bytes, and has sent so many of its answer's 12."""
+    ours, theirs = pair
+
+    def serve() -> None:
+        left = taken
+        while left > 0 and (data := theirs.recv(min(left, 1 << 20))):
+            left -= len(data)
+        theirs.sendall(struct.pack("<III", 200, 1, 200)[:answered])
+        theirs.close()
+
+    content = memoryview(bytes(8 << 20))
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.raises(Lost):
+        writing.store_payload(ours, "p", content, bool, "h")
+    with pytest.raises(Lost):
+        writing.store(ours, "h", b"head")
+    thread.join()
+
+
+def test_a_refusal_is_heard_though_the_server_hung_up_before_the_bytes_were_sent(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+
+    def serve() -> None:
+        theirs.recv(64)
+        theirs.sendall(struct.pack("<III", 200, 1, 507))
+        theirs.close()  # with much unread: a reset
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    content = memoryview(bytes(64 << 20))
+    assert writing.store_payload(ours, "p", content, bool, "h") == (False, False)
+    thread.join()
+
+
 class FakeRdma:
     """As far as the library's Python side tells what RDMA does."""
 
@@ -153,6 +242,9 @@ class FakeRdma:
 
     def close(self) -> None:
         pass
+
+    def check_exist(self, name: str) -> bool:
+        return name in self.stored
 
     def register_mr(self, address: int, nbytes: int) -> None:
         self.registered.append((address, nbytes))
@@ -195,14 +287,16 @@ def test_rdma_moves_payloads_between_registered_memory_and_the_server(
     rdma.connect()
     assert fake.registered == [(mapped.address, 8192)], "again, for the new connection"
     mapped.array[100:200] = 7
-    rdma.write_payload("p", mapped, 100, 100)
-    assert rdma.read_payload("p", mapped, 4096, 100) == xxhash.xxh3_64_intdigest(b"\7" * 100)
+    checksum = xxhash.xxh3_64_intdigest(b"\7" * 100)
+    assert rdma.write_payload("p", mapped, 100, 100, "p") == (checksum, False)
+    assert rdma.write_payload("q", mapped, 100, 100, "p") == (checksum, True)
+    assert rdma.read_payload("p", mapped, 4096, 100) == checksum
     assert (mapped.array[4096:4196] == 7).all()
     with pytest.raises(Absent):
         rdma.read_payload("none", mapped, 0, 100)
     for text, kind in (("ret = 507", NoRoom), ("ret = 503", Lost)):
         fake.error = RuntimeError(text)
         with pytest.raises(kind):
-            rdma.write_payload("q", mapped, 0, 100)
+            rdma.write_payload("q", mapped, 0, 100, "p")
     rdma.unshare(mapped)
     assert fake.registered == []

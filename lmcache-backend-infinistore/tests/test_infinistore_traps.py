@@ -182,7 +182,7 @@ def test_a_put_on_its_way_is_the_old_value_or_none(
     assert reader.get(b"new", MIB)[1] == value(2, MIB)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.75, 0.99, 0.999])
 def test_a_put_that_broke_off_is_swept_up(
     server: InfinistoreServer, opened: Open, share: float
 ) -> None:
@@ -204,6 +204,29 @@ def test_a_put_that_broke_off_is_swept_up(
         assert it.counts["leftovers_swept"] >= (share > 0.05)
         assert it.put(b"k", value(4, 100_000)) is Status.OK
         assert it.get(b"k", 100_000)[1] == value(4, 100_000)
+    assert "Stacktrace" not in server.log()
+
+
+def test_a_put_whose_answers_break_off_anywhere(server: InfinistoreServer, opened: Open) -> None:
+    """One that replaces hears of the old head, its payload's end, the old head, its own end."""
+    with FaultProxy(("127.0.0.1", server.port)) as proxy:
+        it = opened(f"infinistore://127.0.0.1:{proxy.port}?helpers=1")
+        it.put(b"k", value(1, 100_000))
+        start = proxy.reply_bytes
+        it.put(b"k", value(2, 100_000))
+        total = proxy.reply_bytes - start
+        for turn, nbytes in enumerate(range(0, total, 7)):
+            new = value(turn, 100_000)
+            old = it.get(b"k", 100_000)[1]
+            proxy.faults.cut_reply_after_bytes = proxy.reply_bytes + nbytes
+            answers = []
+            with contextlib.suppress(BackendUnavailable):
+                answers.append(it.put(b"k", new, seconds=2))
+            proxy.faults.cut_reply_after_bytes = -1
+            assert answers in ([], [Status.TIMED_OUT])
+            result, content = it.get(b"k", 100_000)
+            assert result.status is Status.MISS or content in (old, new)
+            assert it.put(b"k", new) is Status.OK and it.get(b"k", 100_000)[1] == new
     assert "Stacktrace" not in server.log()
 
 

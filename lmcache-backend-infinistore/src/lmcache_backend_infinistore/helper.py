@@ -14,8 +14,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import xxhash
@@ -27,10 +25,9 @@ from lmcache_backend_infinistore.reading import Lost
 from lmcache_backend_infinistore.wire import Code, Entry, Item, Op, Phase, Reply
 
 HEAD_READS = 3
-_HASH_ASIDE_BYTES = 4 << 20
-"""From here on a second thread is worth its wake-up."""
 _PARENT_LOOK_S = 1.0
 _NONE = bytes(12)
+_CHECKSUM_OF_NOTHING = xxhash.xxh3_64_intdigest(b"")
 
 
 class Server:
@@ -38,7 +35,6 @@ class Server:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self._aside = ThreadPoolExecutor(1)
         self._maps: dict[int, Mapped] = {}
         message, fds = self._receive()
         self._settings: dict[str, Any] = json.loads(bytes(message[1:]))
@@ -138,17 +134,18 @@ class Server:
         return Entry(Code.MISS)
 
     def _put(self, index: int, item: Item) -> Entry:
-        old = self._version(item.key)
-        checksum = self._checksum(item)
-        try:
-            if item.nbytes:
-                wire.note(self._board, index, Entry(phase=Phase.PAYLOAD))
-                name = payload_name(item.key, item.version)
-                self._link.write_payload(name, self._maps[item.map_id], item.offset, item.nbytes)
-        except NoRoom:
-            self._link.connect()
-            return Entry(Code.REJECTED)
-        head = Head(item.version, item.nbytes, checksum())
+        checksum, there = _CHECKSUM_OF_NOTHING, True
+        if item.nbytes:
+            wire.note(self._board, index, Entry(phase=Phase.PAYLOAD))
+            name = payload_name(item.key, item.version)
+            where = self._maps[item.map_id], item.offset, item.nbytes
+            try:
+                checksum, there = self._link.write_payload(name, *where, head_name(item.key))
+            except NoRoom:
+                self._link.connect()
+                return Entry(Code.REJECTED)
+        old = self._version(item.key) if there else None
+        head = Head(item.version, item.nbytes, checksum)
         try:
             wire.note(self._board, index, Entry(phase=Phase.HEAD))
             self._link.write(head_name(item.key), head.encode(item.key))
@@ -168,14 +165,6 @@ class Server:
         self._link.write(name, GONE)
         self._link.delete([name])
         return Entry(Code.OK)
-
-    def _checksum(self, item: Item) -> Callable[[], int]:
-        """Of a buffer; a large one's is computed while its bytes are sent."""
-        memory = self._maps[item.map_id].array[item.offset : item.offset + item.nbytes].data
-        if item.nbytes < _HASH_ASIDE_BYTES:
-            checksum = xxhash.xxh3_64_intdigest(memory)
-            return lambda: checksum
-        return self._aside.submit(xxhash.xxh3_64_intdigest, memory).result
 
     def _version(self, key: bytes) -> bytes | None:
         """That of the value that is there, zeros when it has no payload; None without a head."""

@@ -8,7 +8,8 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from lmcache_backend_infinistore import reading
+from lmcache_backend_infinistore import reading, writing
 from lmcache_backend_infinistore.reading import Lost
 
 _LINGER_NONE = struct.pack("ii", 1, 0)
-_LOG_TAIL_BYTES = 4096
-_OUT_OF_MEMORY = b"return code: 507"
-_UNSENT, _UNHEARD = b"w_tcp: Failed to send payload", b"w_tcp: Failed to receive return code"
-_LOG = 1
-"""Where the library says what its exceptions do not; the supervisor gives a file in memory."""
+_HASH_ASIDE_BYTES = 4 << 20
+"""From here on a second thread is worth its wake-up."""
 
 
 class Absent(Exception):
@@ -133,17 +131,39 @@ class TcpLink:
         Raises:
             NoRoom: nothing is stored.
         """
-        data = np.frombuffer(content, np.uint8)
-        # What was sent whole and not acknowledged may yet be published, and read.
-        self._write(name, int(data.ctypes.data), len(content), (_UNSENT,))
+        assert self.socket is not None
+        if not writing.store(self.socket, name, content):
+            raise NoRoom(name)
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove ``names``, whose puts must have been acknowledged; absent ones are fine."""
         self._do(self._connection.delete_keys, list(names))
 
-    def write_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> None:
-        """Store ``nbytes`` from ``offset`` of ``mapped`` on; see `write`."""
-        self._write(name, mapped.address + offset, nbytes, (_UNSENT, _UNHEARD))
+    def write_payload(
+        self, name: str, mapped: Mapped, offset: int, nbytes: int, other: str
+    ) -> tuple[int, bool]:
+        """Store ``nbytes`` from ``offset`` of ``mapped`` on.
+
+        Returns:
+            Their xxh3_64, and whether the name ``other`` was there before.
+
+        Raises:
+            NoRoom: nothing is stored.
+        """
+        assert self.socket is not None
+        checksum = xxhash.xxh3_64()
+        source = mapped.array[offset : offset + nbytes].data
+        try:
+            room, there = writing.store_payload(self.socket, name, source, checksum.update, other)
+        except Lost as error:
+            # Perhaps it has refused, and was gone before we heard so: then there is no name.
+            self.connect()
+            if not self.exists(name):
+                raise NoRoom(name) from error
+            raise
+        if not room:
+            raise NoRoom(name)
+        return checksum.intdigest(), there
 
     def read_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> int | None:
         """Fill ``mapped`` from ``offset`` on; its xxh3_64, or None when the size is another.
@@ -163,21 +183,6 @@ class TcpLink:
         reading.receive(self.socket, target, checksum.update)
         return checksum.intdigest()
 
-    def _write(self, name: str, address: int, nbytes: int, hung_up: tuple[bytes, ...]) -> None:
-        start = os.fstat(_LOG).st_size
-        try:
-            self._do(self._connection.tcp_write_cache, name, address, nbytes)
-        except Lost as error:
-            said = os.pread(_LOG, _LOG_TAIL_BYTES, start)
-            if _OUT_OF_MEMORY in said:
-                raise NoRoom(name) from error
-            if any(each in said for each in hung_up):
-                # Perhaps it has refused, and was gone before we heard so: then there is no name.
-                self.connect()
-                if not self.exists(name):
-                    raise NoRoom(name) from error
-            raise
-
     def _do(self, call: Any, *arguments: Any) -> Any:
         try:
             return call(*arguments)
@@ -194,6 +199,7 @@ class RdmaLink(TcpLink):
         super().__init__(api, settings)
         self._loop = asyncio.new_event_loop()
         self._shared: list[Mapped] = []
+        self._aside = ThreadPoolExecutor(1)
 
     def connect(self) -> None:
         super().connect()
@@ -210,7 +216,11 @@ class RdmaLink(TcpLink):
         self._shared = [each for each in self._shared if each is not mapped]
         self.connect()
 
-    def write_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> None:
+    def write_payload(
+        self, name: str, mapped: Mapped, offset: int, nbytes: int, other: str
+    ) -> tuple[int, bool]:
+        there = self.exists(other)
+        checksum = self._checksum(mapped.array[offset : offset + nbytes].data)
         write = self._connection.rdma_write_cache_async
         try:
             self._loop.run_until_complete(write([(name, offset)], nbytes, mapped.address))
@@ -218,6 +228,7 @@ class RdmaLink(TcpLink):
             if str(error).endswith("507"):
                 raise NoRoom(name) from error
             raise Lost(str(error)) from error
+        return checksum(), there
 
     def read_payload(self, name: str, mapped: Mapped, offset: int, nbytes: int) -> int | None:
         read = self._connection.rdma_read_cache_async
@@ -228,6 +239,13 @@ class RdmaLink(TcpLink):
         except Exception as error:
             raise Lost(str(error)) from error
         return xxhash.xxh3_64_intdigest(mapped.array[offset : offset + nbytes].data)
+
+    def _checksum(self, source: memoryview) -> Callable[[], int]:
+        """Of a buffer; a large one's is computed while its bytes are sent."""
+        if len(source) < _HASH_ASIDE_BYTES:
+            checksum = xxhash.xxh3_64_intdigest(source)
+            return lambda: checksum
+        return self._aside.submit(xxhash.xxh3_64_intdigest, source).result
 
 
 def _socket_to(host: str, port: int) -> socket.socket:

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Callable
 
+FINISHED, ABSENT = 200, 404
+"""Answers."""
 _REQUEST = struct.Struct("<IcI")
-_MAGIC, _PAYLOAD = 0xDEADBEEF, b"L"
-_GET = bytes.fromhex("10000000 00000a00 10000800 0c000700 0a000000 00000047 08000000 00000000")
-"""A flatbuffer as far as the name: its layout, the operation ``G``, and no length."""
+_MAGIC = 0xDEADBEEF
+_LAYOUT = bytes.fromhex("10000000 00000a00 10000800 0c000700 0a000000 000000")
+_FIELDS = struct.Struct("<cIII")
+"""The rest of a flatbuffer up to the name: operation, a mark, bytes of the value, of the name."""
+_MARK = 8
 _NUMBER = struct.Struct("<I")
-_FOUND, _ABSENT = 200, 404
+_LONG_BYTES = 1 << 20
+"""A longer answer the server sends in several turns of its loop; a request that comes before it has
+ended the last one is answered by the same bytes again and again, for ever."""
+_REST_S = 0.0002
 _STEP_BYTES = 256 << 10
 """Received and looked at in turn, while it is in the processor's cache."""
 
@@ -25,24 +33,34 @@ class Lost(Exception):
     """The server does not answer any more, or never did."""
 
 
+def request(kind: bytes, body: bytes) -> bytes:
+    """A message to the server."""
+    return _REQUEST.pack(_MAGIC, kind, len(body)) + body
+
+
+def value_request(op: bytes, name: str, nbytes: int = 0) -> bytes:
+    """``G`` for the value of ``name``, or ``P`` for storing ``nbytes`` bytes that follow."""
+    key = name.encode()
+    fields = _FIELDS.pack(op, _MARK, nbytes, len(key))
+    return request(b"L", _LAYOUT + fields + key + bytes(4 - len(key) % 4))
+
+
 def ask(sock: socket.socket, name: str) -> int | None:
     """Ask for ``name``: the size of its bytes, which `receive` must take; None when absent.
 
     Raises:
         Lost: the server hung up, or refuses.
     """
-    key = name.encode()
-    body = _GET + _NUMBER.pack(len(key)) + key + bytes(4 - len(key) % 4)
     try:
-        sock.sendall(_REQUEST.pack(_MAGIC, _PAYLOAD, len(body)) + body)
+        sock.sendall(value_request(b"G", name))
     except OSError as error:
         raise Lost(f"a read can't be asked for: {error}") from error
-    code = _number(sock)
-    if code == _ABSENT:
+    code = number(sock)
+    if code == ABSENT:
         return None
-    if code != _FOUND:
+    if code != FINISHED:
         raise Lost(f"a read is answered by {code}")
-    return _number(sock)
+    return number(sock)
 
 
 def receive(
@@ -66,6 +84,8 @@ def receive(
             raise Lost("the server hung up during a read")
         take(target[at : at + count])
         at += count
+    if at > _LONG_BYTES:
+        time.sleep(_REST_S)
 
 
 def skip(sock: socket.socket, nbytes: int) -> None:
@@ -75,7 +95,12 @@ def skip(sock: socket.socket, nbytes: int) -> None:
         receive(sock, room[:left])
 
 
-def _number(sock: socket.socket) -> int:
+def number(sock: socket.socket) -> int:
+    """The next number of an answer.
+
+    Raises:
+        Lost: the server hung up.
+    """
     room = memoryview(bytearray(_NUMBER.size))
     receive(sock, room)
     return int(_NUMBER.unpack(room)[0])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from lmcache_core.sdk import Buffer, ConfigError, MemoryKind, Region
+from lmcache_core.sdk import ConfigError, MemoryKind, Region
 
 MODULES = ("nixl_cu12", "nixl_cu13")
 _SPIN_S = 0.002
@@ -33,7 +33,7 @@ class TransferFailed(Exception):
     """The library gave a transfer up, for the reason in its log."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """One stretch of memory and its counterpart.
 
@@ -49,11 +49,6 @@ class Piece:
     device: int
     offset: int = 0
     name: str = ""
-
-    @classmethod
-    def of(cls, buffer: Buffer, nbytes: int, device: int) -> Piece:
-        """The first ``nbytes`` of ``buffer``, from the start of a file."""
-        return cls(buffer.address, nbytes, device)
 
 
 def load(plugin: str, prefer: str = "auto") -> ModuleType:
@@ -129,7 +124,7 @@ class Agent:
         held: list[Any] = []
         handle = None
         try:
-            loose = [piece for piece in pieces if not self._in_region(piece)]
+            loose = self._loose(pieces)
             if loose:
                 rows = [(piece.address, piece.nbytes, 0, "") for piece in loose]
                 held.append(self._agent.register_memory(rows, mem_type=_MEMORY))
@@ -187,10 +182,17 @@ class Agent:
             for each in held:
                 self._agent.deregister_memory(each)
 
-    def _in_region(self, piece: Piece) -> bool:
+    def _loose(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Those that lie in no registered region."""
+        first = min(piece.address for piece in pieces)
+        end = max(piece.address + piece.nbytes for piece in pieces)
+        if self._in_region(first, end - first):
+            return []
+        return [piece for piece in pieces if not self._in_region(piece.address, piece.nbytes)]
+
+    def _in_region(self, address: int, nbytes: int) -> bool:
         for region, _ in self._regions.values():
-            offset = piece.address - region.address
-            if 0 <= offset <= region.nbytes - piece.nbytes:
+            if 0 <= address - region.address <= region.nbytes - nbytes:
                 return True
         return False
 

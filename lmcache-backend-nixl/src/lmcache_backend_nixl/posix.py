@@ -36,18 +36,16 @@ _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 @dataclass(slots=True)
-class _Open:
-    """One file of a batch.
+class _Open(Piece):
+    """One file of a batch; its descriptor is the ``device``, -1 once it is closed.
 
     Attributes:
         index: of its key.
         publication: ends in publishing the file, or in removing it; None of a file to read.
     """
 
-    index: int
-    fd: int
-    nbytes: int
-    path: str
+    index: int = 0
+    path: str = ""
     publication: ExitStack | None = None
 
 
@@ -73,7 +71,8 @@ class PosixConnector(BatchConnector[Agent]):
     ) -> None:
         super().__init__(make, lanes=lanes, host=host, bounced=False)
         self._files = files
-        self._flags = os.O_DIRECT if direct else 0
+        self._read_flags = _READ | (os.O_DIRECT if direct else 0)
+        self._write_flags = _WRITE | (os.O_DIRECT if direct else 0)
         self._fell_back = host.counter("nixl.plain_transfers")
         self.capabilities = capabilities(files.sync, lanes=lanes, direct=direct)
 
@@ -128,12 +127,17 @@ class PosixConnector(BatchConnector[Agent]):
                     found.append(answer)
                 else:
                     results[index] = answer
+            whole = GetResult(Status.OK)
             for file, status in zip(found, self._move(lane, "READ", found, targets, ctx)):
-                nbytes = file.nbytes if status is Status.OK else 0
-                results[file.index] = GetResult(status, nbytes)
+                if status is not Status.OK:
+                    results[file.index] = GetResult(status)
+                    continue
+                if whole.nbytes != file.nbytes:
+                    whole = GetResult(Status.OK, file.nbytes)
+                results[file.index] = whole  # one for all that are of one size
         finally:
             for file in found:
-                os.close(file.fd)
+                os.close(file.device)
         return lambda: results
 
     def _write(
@@ -162,20 +166,19 @@ class PosixConnector(BatchConnector[Agent]):
         """The file of a value that fits, or the answer."""
         if not self._usable(target):
             return GetResult(Status.REJECTED)
-        if ctx.remaining_s(self._clock()) <= 0:
+        if self._clock() >= ctx.deadline_s:
             return GetResult(Status.TIMED_OUT)
         path = self._files.path(key)
+        fd = -1
         try:
-            fd = os.open(path, _READ | self._flags)
+            fd = os.open(path, self._read_flags)
+            nbytes = os.lseek(fd, 0, os.SEEK_END)  # a third of what a stat takes
         except OSError as error:
-            return GetResult(status_of_oserror(error))
-        try:
-            nbytes = os.fstat(fd).st_size
-        except OSError as error:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
             return GetResult(status_of_oserror(error))
         if 0 < nbytes <= target.nbytes:
-            return _Open(index, fd, nbytes, path)
+            return _Open(target.address, nbytes, fd, index=index, path=path)
         os.close(fd)
         return GetResult(Status.SIZE_MISMATCH if nbytes else Status.OK, nbytes)
 
@@ -189,13 +192,15 @@ class PosixConnector(BatchConnector[Agent]):
         try:
             path = publication.enter_context(self._files.publishing(key))
             try:
-                fd = os.open(path, _WRITE | self._flags, 0o600)
+                fd = os.open(path, self._write_flags, 0o600)
             except OSError as error:
                 _undo(publication, error)
                 return status_of_oserror(error)
         except OSError as error:
             return status_of_oserror(error)
-        return _Open(index, fd, source.nbytes, path, publication)
+        return _Open(
+            source.address, source.nbytes, fd, index=index, path=path, publication=publication
+        )
 
     def _move(
         self,
@@ -206,9 +211,7 @@ class PosixConnector(BatchConnector[Agent]):
         ctx: OpContext,
     ) -> list[Status]:
         """Move all of them at once; one by one with plain calls where that fails."""
-        pieces = [
-            Piece.of(buffers[file.index], file.nbytes, file.fd) for file in files if file.nbytes
-        ]
+        pieces = [file for file in files if file.nbytes]
         if not pieces:
             return [Status.OK] * len(files)
         try:
@@ -238,7 +241,7 @@ class PosixConnector(BatchConnector[Agent]):
         """Sync and publish what was written whole."""
         if status is not Status.OK:
             return status
-        fd, file.fd = file.fd, -1
+        fd, file.device = file.device, -1
         try:
             try:
                 if self._files.sync:
@@ -294,7 +297,7 @@ def _undo(publication: ExitStack | None, error: BaseException) -> None:
 
 
 def _discard(file: _Open) -> None:
-    if file.fd >= 0:
-        os.close(file.fd)
-        file.fd = -1
+    if file.device >= 0:
+        os.close(file.device)
+        file.device = -1
     _undo(file.publication, TransferFailed("not written"))
