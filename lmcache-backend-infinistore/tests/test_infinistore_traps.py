@@ -139,6 +139,24 @@ def test_a_server_that_dies_in_the_middle_of_a_get(server: InfinistoreServer, op
     assert len(caught) == 1
 
 
+def test_a_long_value_is_put_away_before_more_is_asked_for(
+    shared_server: InfinistoreServer, opened: Open
+) -> None:
+    """The server would send it for ever, to a request that comes too early."""
+    with FaultProxy(("127.0.0.1", shared_server.port)) as proxy:
+        it = opened(f"infinistore://127.0.0.1:{proxy.port}?helpers=1")
+        for nbytes, connections in ((MIB, 1), (MIB + 1, 2), (4 * MIB, 2)):
+            it.put(b"long", value(nbytes, nbytes))
+            assert it.get(b"long", nbytes)[1] == value(nbytes, nbytes)
+            assert proxy.connections == connections
+        proxy.hang_up()
+        assert it.get(b"long", 4 * MIB)[1] == value(4 * MIB, 4 * MIB)
+        memory = Memory([2 * MIB])
+        assert it.store.get_into([b"long"], memory.buffers(), within(5)) == [
+            GetResult(Status.SIZE_MISMATCH, 4 * MIB)
+        ]
+
+
 def test_a_name_is_published_before_its_bytes_and_kills_the_server_that_is_asked(
     server: InfinistoreServer,
 ) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
 from collections.abc import Callable
 
 FINISHED, ABSENT = 200, 404
@@ -21,10 +20,8 @@ _FIELDS = struct.Struct("<cIII")
 """The rest of a flatbuffer up to the name: operation, a mark, bytes of the value, of the name."""
 _MARK = 8
 _NUMBER = struct.Struct("<I")
-_LONG_BYTES = 1 << 20
-"""A longer answer the server sends in several turns of its loop; a request that comes before it has
-ended the last one is answered by the same bytes again and again, for ever."""
-_REST_S = 0.0002
+LONG_BYTES = 1 << 20
+"""A longer value the server sends in several turns of its loop; see `settle`."""
 _STEP_BYTES = 256 << 10
 """Received and looked at in turn, while it is in the processor's cache."""
 
@@ -84,8 +81,23 @@ def receive(
             raise Lost("the server hung up during a read")
         take(target[at : at + count])
         at += count
-    if at > _LONG_BYTES:
-        time.sleep(_REST_S)
+
+
+def settle(other: socket.socket) -> None:
+    """Ask something over ``other``, a second connection, after a long value came over the first.
+
+    The server answers a request that it gets before it has put that value away with the same bytes
+    again and again, for ever.  It does so before it looks at what came after the answer here.
+
+    Raises:
+        Lost: it does not answer.
+    """
+    try:
+        other.sendall(request(b"C", b"lmc"))
+    except OSError as error:
+        raise Lost(f"the second connection broke: {error}") from error
+    number(other)
+    number(other)
 
 
 def skip(sock: socket.socket, nbytes: int) -> None:

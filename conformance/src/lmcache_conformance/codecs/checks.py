@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import os
 import signal
@@ -332,6 +333,7 @@ def _in_a_child(work: object) -> str:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
+        faulthandler.disable()  # how it died is told below
         try:
             text = work()  # type: ignore[operator]
         except BaseException as error:
