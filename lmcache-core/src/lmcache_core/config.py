@@ -41,7 +41,7 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             in this time; 0 brings them as soon as can be.
         ttft_target_tokens: see there.
         max_staging_bytes: host memory that chunks which are being encoded, or are encoded and on
-            their way, may hold.
+            their way, may hold; at most a quarter of the host tier.
     """
 
     url: str

@@ -7,11 +7,12 @@ from lmcache_core.tiers.host import HostChunk, HostTier
 
 
 class Staging:
-    """At most ``limit_bytes`` at a time, but always one slot.  Owner thread only."""
+    """At most ``limit_bytes`` at a time and a quarter of the host tier, but always one slot.
+    Owner thread only."""
 
     def __init__(self, host: HostTier, limit_bytes: int) -> None:
         self._host = host
-        self._limit_bytes = limit_bytes
+        self._limit_bytes = min(limit_bytes, host.capacity_bytes // 4)
         self._used_bytes = 0
 
     @property
