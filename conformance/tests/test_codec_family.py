@@ -107,7 +107,7 @@ class RightLossy(Right):
 class NoBound(RightLossy):
     """A level without a bound."""
 
-    kills = "K1"
+    kills = "X1"
     info = CodecInfo(
         name="lossy", version=1, lossless=False, needs_axes=True, levels=("low", "high"),
         default_level="low", max_error={"low": 0.05},
@@ -117,21 +117,21 @@ class NoBound(RightLossy):
 class LongName(Right):
     """A name that no envelope holds."""
 
-    kills = "K1"
+    kills = "X1"
     info = CodecInfo(name="r" * 33, version=1, lossless=True)
 
 
 class ClaimsLossless(RightLossy):
     """Says that it is lossless, and is not."""
 
-    kills = "K2"
+    kills = "X2"
     info = CodecInfo(name="lossy", version=1, lossless=True, needs_axes=True)
 
 
 class HalfDecoded(Right):
     """Leaves the end of the target as it was."""
 
-    kills = "K2"
+    kills = "X2"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         scratch = bytearray(len(target))
@@ -143,7 +143,7 @@ class HalfDecoded(Right):
 class OneTypeOnly(Right):
     """Takes float32 alone."""
 
-    kills = "K2"
+    kills = "X2"
 
     def encode_into(self, source: Any, target: Any, *, shape: Any, level: str = "") -> Encoded:
         if shape.dtype != "float32":
@@ -154,7 +154,7 @@ class OneTypeOnly(Right):
 class NotMeasured(RightLossy):
     """Says an error of nothing."""
 
-    kills = "K3"
+    kills = "X3"
 
     def error(self, source: memoryview, shape: PayloadShape, level: str) -> float:
         return 0.0
@@ -163,7 +163,7 @@ class NotMeasured(RightLossy):
 class MeasuredOverAll(RightLossy):
     """Measures over the whole payload, where a small layer is lost beside a large one."""
 
-    kills = "K3"
+    kills = "X3"
 
     def kept(self, source: memoryview, shape: PayloadShape, level: str) -> bytes:
         kept = bytearray(super().kept(source, shape, level))
@@ -184,7 +184,7 @@ class MeasuredOverAll(RightLossy):
 class OwnReason(RightLossy):
     """Refuses for a reason that core does not know."""
 
-    kills = "K4"
+    kills = "X4"
 
     def encode_into(self, source: Any, target: Any, *, shape: Any, level: str = "") -> Encoded:
         try:
@@ -196,7 +196,7 @@ class OwnReason(RightLossy):
 class TakesNothing(Right):
     """Makes a stream of an empty payload."""
 
-    kills = "K4"
+    kills = "X4"
 
     def encode_into(self, source: Any, target: Any, *, shape: Any, level: str = "") -> Encoded:
         if not shape.nbytes:
@@ -208,7 +208,7 @@ class TakesNothing(Right):
 class NansBecomeZeros(RightLossy):
     """Takes values that are not finite, and changes them."""
 
-    kills = "K4"
+    kills = "X4"
 
     def encode_into(self, source: Any, target: Any, *, shape: Any, level: str = "") -> Encoded:
         try:
@@ -227,7 +227,7 @@ class NansBecomeZeros(RightLossy):
 class CutsItself(Right):
     """Writes as much as fits."""
 
-    kills = "K5"
+    kills = "X5"
 
     def encode_into(self, source: Any, target: Any, *, shape: Any, level: str = "") -> Encoded:
         room = bytearray(2 * len(source) + 100)
@@ -240,7 +240,7 @@ class CutsItself(Right):
 class PadsWhatIsCut(Right):
     """Takes zeros for what is missing at the end."""
 
-    kills = "K6"
+    kills = "X6"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         if len(source) < _HEADER.size:
@@ -258,7 +258,7 @@ class PadsWhatIsCut(Right):
 class IgnoresTheRest(Right):
     """Does not mind bytes behind the stream."""
 
-    kills = "K6"
+    kills = "X6"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         if len(source) >= _HEADER.size:
@@ -270,7 +270,7 @@ class IgnoresTheRest(Right):
 class AnyLength(Right):
     """Does not compare the stream's shape with the one that is asked for."""
 
-    kills = "K7"
+    kills = "X7"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         if len(source) < _HEADER.size:
@@ -289,7 +289,7 @@ class AnyLength(Right):
 class AnyType(Right):
     """Does not compare the type of the elements."""
 
-    kills = "K7"
+    kills = "X7"
 
     def header(self, shape: PayloadShape, packed: bytes) -> bytes:
         return _HEADER.pack(b"TEST", shape.nbytes, 0, len(packed))
@@ -302,7 +302,7 @@ class AnyType(Right):
 class OtherErrors(Right):
     """Lets zlib's own error out."""
 
-    kills = "K8"
+    kills = "X8"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         try:
@@ -316,7 +316,7 @@ class OtherErrors(Right):
 class Dies(Right):
     """Ends the process on a stream that it does not understand."""
 
-    kills = "K8"
+    kills = "X8"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         try:
@@ -330,7 +330,7 @@ class Dies(Right):
 class WritesOutside(Right):
     """Follows a damaged length past its target."""
 
-    kills = "K8"
+    kills = "X8"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         try:
@@ -345,7 +345,7 @@ class WritesOutside(Right):
 class TakesLong(Right):
     """Searches long for sense in a damaged stream."""
 
-    kills = "K8"
+    kills = "X8"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         try:
@@ -359,7 +359,7 @@ class TakesLong(Right):
 class SharedScratch(Right):
     """One scratch buffer for all threads."""
 
-    kills = "K9"
+    kills = "X9"
 
     def __init__(self) -> None:
         self._scratch = b""
@@ -376,7 +376,7 @@ _FIRST_PID = os.getpid()
 class OfThisProcess(Right):
     """Its streams differ from process to process."""
 
-    kills = "K10"
+    kills = "X10"
 
     def header(self, shape: PayloadShape, packed: bytes) -> bytes:
         magic = b"TEST" if os.getpid() == _FIRST_PID else b"test"
@@ -386,7 +386,7 @@ class OfThisProcess(Right):
 class DecodesElsewhereOtherwise(Right):
     """Decodes by a table that only the first process has."""
 
-    kills = "K10"
+    kills = "X10"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         super().decode_into(source, target, shape=shape)
@@ -397,7 +397,7 @@ class DecodesElsewhereOtherwise(Right):
 class KeepsTheSource(Right):
     """Keeps a view of what it decoded last."""
 
-    kills = "K11"
+    kills = "X11"
 
     def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
         self._last = source[:]
@@ -407,7 +407,7 @@ class KeepsTheSource(Right):
 class KeepsTheTarget(Right):
     """Keeps a view of where it encoded last."""
 
-    kills = "K11"
+    kills = "X11"
 
     def encode_into(self, source: Any, target: Any, *, shape: Any, level: str = "") -> Encoded:
         self._last = target[:]
@@ -417,7 +417,7 @@ class KeepsTheTarget(Right):
 class HoldsTheLock(Right):
     """Works on long payloads without letting others go on."""
 
-    kills = "K12"
+    kills = "X12"
 
     def encode_into(self, source: Any, target: Any, *, shape: Any, level: str = "") -> Encoded:
         if shape.nbytes > 1 << 20:
@@ -429,7 +429,7 @@ class HoldsTheLock(Right):
 class EncodesBeyond(Right):
     """Notices that its target is full after it has written behind it."""
 
-    kills = "K5"
+    kills = "X5"
 
     def encode_into(self, source: Any, target: Any, *, shape: Any, level: str = "") -> Encoded:
         try:
@@ -473,8 +473,8 @@ class TestRight(CodecConformance):
 
 
 def test_a_check_can_not_be_overridden() -> None:
-    with pytest.raises(TypeError, match="test_k2_round_trip"):
-        type("Cheating", (CodecConformance,), {"codec": Right(), "test_k2_round_trip": None})
+    with pytest.raises(TypeError, match="test_x2_round_trip"):
+        type("Cheating", (CodecConformance,), {"codec": Right(), "test_x2_round_trip": None})
 
 
 def test_the_command_writes_a_certificate(tmp_path: Any) -> None:

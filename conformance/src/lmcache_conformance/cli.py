@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lmcache_conformance import certificate, scaffold, waivers
 from lmcache_conformance.checks import CHECKS
-from lmcache_conformance.codecs import judge_codec
+from lmcache_conformance.codecs import CODEC_CHECKS, judge_codec
 from lmcache_conformance.codecs.judge import write as write_codec
 from lmcache_conformance.frame import Check, Outcome, Profile, Result
 from lmcache_conformance.judge import Judge, find, harnesses, name_of
@@ -159,7 +159,7 @@ def checks(as_markdown: Annotated[bool, typer.Option("--markdown")] = False) -> 
         typer.echo(scaffold.reference())
         return
     table = Table("id", "profile", "rule", "when it fails")
-    for check in CHECKS:
+    for check in (*CHECKS, *CODEC_CHECKS):
         table.add_row(check.id, check.profile.value, check.rule, check.fix)
     Console().print(table)
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lmcache_conformance.checks import CHECKS
+from lmcache_conformance.codecs import CODEC_CHECKS
 from lmcache_core.sdk import ConfigError
 
 _TEMPLATE = Path(__file__).with_name("template")
@@ -14,6 +15,7 @@ _FAMILIES = {
     "E": "Keys", "F": "Concurrency and close", "G": "Ownership of memory", "H": "Faults",
     "I": "Durability", "J": "Capacity and leases", "K": "Like a dictionary", "L": "Leaks",
     "Z": "Zero copy, regions, submit", "P": "Performance (reported only)",
+    "X": "Codecs (a run of their own)",
 }  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def reference() -> str:
     for family, title in _FAMILIES.items():
         lines += [f"### {family}: {title}", "", "| id | rule | profile | when it fails |"]
         lines += ["|---|---|---|---|"]
-        for check in CHECKS:
+        for check in (*CHECKS, *CODEC_CHECKS):
             if check.id[0] == family:
                 profile = check.profile.value + (", full plan only" if check.full_only else "")
                 cells = (check.id, check.rule, profile, check.fix)

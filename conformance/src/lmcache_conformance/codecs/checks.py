@@ -1,4 +1,4 @@
-"""K: codecs.  Each check is a function of a `CodecRig`."""
+"""X: codecs.  Each check is a function of a `CodecRig`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DECODE_LIMIT_S = 2.0
 _REASONS = {"axes", "dtype", "nonfinite", "bound", "size"}
 
 
-@check("K1", fix="see CodecInfo: name, levels, default level, a bound for every level if lossy")
+@check("X1", fix="see CodecInfo: name, levels, default level, a bound for every level if lossy")
 def info_is_complete(rig: CodecRig) -> None:
     """What the codec says of itself is complete and consistent."""
     info = rig.codec.info
@@ -39,7 +39,7 @@ def info_is_complete(rig: CodecRig) -> None:
         raise Wrong(f"it needs contract {info.api_min}, this is {CODEC_API_VERSION}")
 
 
-@check("K2", fix="decode_into must fill all of its target with what encode_into promised")
+@check("X2", fix="decode_into must fill all of its target with what encode_into promised")
 def round_trip(rig: CodecRig) -> None:
     """Every payload that is taken comes back: bit for bit, or within the declared bound; sensible
     payloads of every element type are taken."""
@@ -60,7 +60,7 @@ def round_trip(rig: CodecRig) -> None:
         raise Wrong(f"no payload of {', '.join(sorted(missing))} is taken")
 
 
-@check("K3", fix="measure the error on what decode_into gives, over each layer of each tensor")
+@check("X3", fix="measure the error on what decode_into gives, over each layer of each tensor")
 def the_bound_is_kept(rig: CodecRig) -> None:
     """The error of every payload is what was said, and within the level's bound."""
     info = rig.codec.info
@@ -81,7 +81,7 @@ def the_bound_is_kept(rig: CodecRig) -> None:
                 raise Wrong(f"{sample.name} at {level!r}: error {found:.4g}, said {said:.4g}")
 
 
-@check("K4", fix="raise CannotEncode with one of its reasons; core then stores the chunk otherwise")
+@check("X4", fix="raise CannotEncode with one of its reasons; core then stores the chunk otherwise")
 def refusals_have_a_reason(rig: CodecRig) -> None:
     """What the codec does not take is refused with a known reason: unknown axes, values that are
     not finite, a target that is too short, nothing at all."""
@@ -105,7 +105,7 @@ def refusals_have_a_reason(rig: CodecRig) -> None:
         raise Wrong("a payload of no bytes was taken")
 
 
-@check("K5", fix="look at the target's length before every write")
+@check("X5", fix="look at the target's length before every write")
 def a_short_target(rig: CodecRig) -> None:
     """A target of any length below the stream's is refused as ``size``; nothing is written outside
     of it."""
@@ -116,7 +116,7 @@ def a_short_target(rig: CodecRig) -> None:
             raise Wrong(f"{len(stream)} bytes went into a target of {room}")
 
 
-@check("K6", fix="write every length into the stream, and look that all of it is there")
+@check("X6", fix="write every length into the stream, and look that all of it is there")
 def cut_streams_are_refused(rig: CodecRig) -> None:
     """A stream that is cut anywhere, or longer than it was, is refused."""
     for level in rig.levels:
@@ -131,7 +131,7 @@ def cut_streams_are_refused(rig: CodecRig) -> None:
                 raise Wrong("a stream with a byte too many was decoded")
 
 
-@check("K7", fix="check the stream's shape against the one that is asked for")
+@check("X7", fix="check the stream's shape against the one that is asked for")
 def another_shape_is_refused(rig: CodecRig) -> None:
     """A stream is refused for a payload of another length or element type."""
     sample, stream = rig.streams()[0]
@@ -148,7 +148,7 @@ def another_shape_is_refused(rig: CodecRig) -> None:
                         f"of {other.dtype or 'bytes'}")  # fmt: skip
 
 
-@check("K8", fix="bound every length, offset, table and loop that comes from the stream",
+@check("X8", fix="bound every length, offset, table and loop that comes from the stream",
        limit_s=300.0)  # fmt: skip
 def damaged_streams_do_no_harm(rig: CodecRig) -> None:
     """10,000 damaged streams: each is refused or decodes to something, in a time like a valid
@@ -159,7 +159,7 @@ def damaged_streams_do_no_harm(rig: CodecRig) -> None:
         raise Wrong(told)
 
 
-@check("K9", fix="keep scratch memory by thread, and no state between calls")
+@check("X9", fix="keep scratch memory by thread, and no state between calls")
 def threads_do_not_disturb_each_other(rig: CodecRig) -> None:
     """Eight threads that encode and decode at once get what one thread gets."""
     level = rig.levels[-1]
@@ -189,7 +189,7 @@ def threads_do_not_disturb_each_other(rig: CodecRig) -> None:
         raise Wrong(wrong[0])
 
 
-@check("K10", fix="the same bytes in, the same stream out: nothing of a process may be in it")
+@check("X10", fix="the same bytes in, the same stream out: nothing of a process may be in it")
 def streams_outlive_the_process(rig: CodecRig) -> None:
     """A stream is the same in another process, and decodes there to the same bytes."""
     due = rig.streams()
@@ -212,7 +212,7 @@ def streams_outlive_the_process(rig: CodecRig) -> None:
         raise Wrong(told)
 
 
-@check("K11", fix="drop every memoryview and array over a buffer before you return")
+@check("X11", fix="drop every memoryview and array over a buffer before you return")
 def no_buffer_is_kept(rig: CodecRig) -> None:
     """After a call nothing holds its buffers, also when it was refused."""
 
@@ -236,7 +236,7 @@ def no_buffer_is_kept(rig: CodecRig) -> None:
         _must_be_free(source, target)
 
 
-@check("K12", fix="release the interpreter's lock in long work: numba nogil, a library that does")
+@check("X12", fix="release the interpreter's lock in long work: numba nogil, a library that does")
 def other_threads_go_on(rig: CodecRig) -> None:
     """While 8 MiB are encoded and decoded another thread gets its turns."""
     shape = paged(
