@@ -67,10 +67,11 @@ class CheckedPages:
 
 
 class Simulation:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, durability: str = "") -> None:
         self.rng = random.Random(seed)
         self.disk = SimDisk(self.rng)
-        self.durability = self.rng.choice(["process", "host"])
+        drawn = self.rng.choice(["process", "host"])
+        self.durability = durability or drawn
         self.remote = SimRemote(self.rng)
         self.tickets: list[Prefetch] = []
         self.prompts: dict[int, list[int]] = {}
