@@ -250,6 +250,7 @@ def bench(session: nox.Session) -> None:
     session.run(python, "benchmarks/node.py", *out, env=env, external=True)
     session.run(python, "benchmarks/steps.py", *out, env=env, external=True)
     session.run(python, "benchmarks/stores.py", *out, env=env, external=True)
+    session.run(python, "benchmarks/codecs.py", *out, env=env, external=True)
     from store_env import install
 
     for store in STORES[1:]:
@@ -260,7 +261,9 @@ def bench(session: nox.Session) -> None:
     tiny_model = "build/models/tiny-llama"
     session.run(python, "benchmarks/stall.py", "--model", tiny_model, *out, env=env, external=True)
     model = "build/models/SmolLM2-135M-Instruct"
-    session.run(python, "benchmarks/ttft.py", "--model", model, *out, env=env, external=True)
+    for name in ("ttft", "link"):
+        figures = (python, f"benchmarks/{name}.py", "--model", model, *out)
+        session.run(*figures, env=env, external=True)
 
 
 @nox.session(python=False)
