@@ -174,6 +174,22 @@ def test_a_decoder_that_fails_is_a_miss(make: Make, raises: Exception) -> None:
     assert fetched(engine, keys) == []
     assert counter(engine, "t0.codec_failed.toy") == 1
     assert engine.tiers.readable[0].available
+    engine.flush(1.0)
+    assert keys[0] in store._values, "an error that nobody has classified deletes nothing"
+
+
+def test_a_failure_of_our_own_after_a_read_is_a_miss_and_nothing_hangs(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Scripted()
+    engine = make(store, tier=CODED, layout=LAYOUT, codecs=holding(Toy()))
+    keys = store_chunks(engine, 1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoding, "open", lambda *args, **rest: 1 / 0)
+        assert fetched(engine, keys) == []
+    assert counter(engine, "t0.finish_failed.get") == 1
+    assert engine.tiers.readable[0].available
+    assert fetched(engine, keys) == [True]
 
 
 @pytest.mark.parametrize("position", [5000, HEADER_BYTES + 1, 100, 60])
@@ -295,7 +311,7 @@ def test_a_wrong_codec_or_level_is_an_error_at_the_start() -> None:
     assert "zstd" in caught.value.hint
     with pytest.raises(ConfigError, match="no level 'best'") as caught:
         Encoding(TierConfig(url="x://", codec="rounding", codec_level="best"), holding(Rounding()))
-    assert "low, high, auto" in caught.value.hint
+    assert "low, high" in caught.value.hint
     with pytest.raises(ConfigError, match="without a codec"):
         from_mapping({"tiers": [{"url": "x://", "codec_level": "high"}]})
     with pytest.raises(ConfigError, match="codec_level: auto"):

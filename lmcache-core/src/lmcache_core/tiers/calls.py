@@ -109,7 +109,7 @@ class Calls:
 
         Args:
             finish: gets the store's answers and the seconds left until the deadline; gives the
-                statuses that are answered; must not raise.
+                statuses that are answered.
         """
         call_id = next(self._ids)
         call = self._open_calls[call_id] = _Call()
@@ -154,7 +154,13 @@ class Calls:
                 error = caught if isinstance(caught, LMCacheError) else LMCacheError(repr(caught))
                 told = [Status.FAILED] * width
             call.deadline_s = math.inf
-            statuses = told if error else finish(told, until_s - self._runtime.now_s())
+            statuses = told
+            if error is None:
+                try:
+                    statuses = finish(told, until_s - self._runtime.now_s())
+                except Exception:  # ours, not the store's: what it gave is not used
+                    self._count(f"finish_failed.{op}", 1)
+                    statuses = [Status.FAILED if s is Status.OK else s for s in told]
             end(lambda: settle(told, statuses, error))
 
         if not self._executor.submit(job, lane):

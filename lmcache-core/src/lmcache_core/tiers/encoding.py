@@ -90,7 +90,7 @@ class Encoding:
             raise ConfigError(
                 f"codec {codec} has no level {level!r}",
                 op="codec",
-                hint=f"levels are {', '.join((*filter(None, levels), AUTO))}",
+                hint=f"levels are {', '.join(filter(None, levels))}",
             )
         self._codecs.prepare(codec)
         return Way(codec, level)
@@ -180,8 +180,9 @@ class Encoding:
                 return Opened(Status.MISS, "codec")
             return Opened(Status.CORRUPT, "codec_stream")
         except Exception as error:  # the boundary to foreign code: counted, never lost
+            # Its checksums are right: the chunk is not to blame, and stays.
             self._say("codec_failed", name, repr(error))
-            return Opened(Status.CORRUPT, "codec_failed")
+            return Opened(Status.MISS, "codec")
         self._count(f"decoded.{name}", 1)
         if self._chooser is not None:
             seconds = time.thread_time() - start_s
