@@ -8,46 +8,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lmcache_core.integrations.vllm.geometry import Geometry, Group, PageAxes
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.quality.plan import Plan
-from lmcache_core.sdk import ELEMENT_BYTES, KVTensor, PayloadShape
+from lmcache_core.sdk import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-ROLES = ("key", "value")
-
 
 def chunk_layout(plan: Plan, *, layers: int, heads: int, head_size: int) -> ChunkLayout:
     """Layout of a chunk of ``plan`` for a model of these sizes."""
-    tokens, size = plan.block_tokens, ELEMENT_BYTES[plan.dtype]
+    sizes = {"tokens": plan.block_tokens, "heads": heads, "head_size": head_size}
     if plan.pages == "cpu":
-        # For each head the keys as [head_size, tokens], then the values as [tokens, head_size].
-        row = 2 * tokens * head_size
-        starts = (0, tokens * head_size)
-        strides = ((1, row, tokens), (head_size, row, 1))
+        axes = PageAxes.keys_transposed(plan.dtype, **sizes)
     else:
-        # For each token and head the key, then the value.
-        row = 2 * head_size
-        starts = (0, head_size)
-        strides = ((heads * row, row, 1), (heads * row, row, 1))
-    blocks, page = plan.chunk_tokens // tokens, 2 * tokens * heads * head_size * size
-    tensors = tuple(
-        KVTensor(
-            role=role,
-            offset_bytes=start * size,
-            shape=(layers, blocks, tokens, heads, head_size),
-            strides_bytes=(blocks * page, page, token * size, head * size, channel * size),
-        )
-        for role, start, (token, head, channel) in zip(ROLES, starts, strides)
-    )
-    nbytes = layers * blocks * page
-    return ChunkLayout(
+        axes = PageAxes.rows(plan.dtype, **sizes, tokens_inside=False)
+    group = Group.of(
+        index=0,
+        layers=layers,
+        block_size=plan.block_tokens,
+        page_bytes=2 * plan.block_tokens * heads * head_size * ELEMENT_BYTES[plan.dtype],
+        window=None,
         chunk_size=plan.chunk_tokens,
-        payload_bytes=nbytes,
-        description=repr(plan).encode(),
-        shape=PayloadShape(nbytes=nbytes, dtype=plan.dtype, tensors=tensors),
+        axes=axes,
     )
+    geometry = Geometry.of(
+        [group],
+        chunk_size=plan.chunk_tokens,
+        hit_step=plan.chunk_tokens,
+        parts=1,
+        workers=1,
+        description=repr(plan).encode(),
+    )
+    return geometry.kinds[0].layout
 
 
 def pack(kv: torch.Tensor, layout: ChunkLayout) -> bytearray:

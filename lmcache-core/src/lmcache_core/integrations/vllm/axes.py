@@ -44,22 +44,12 @@ def _is_two_arrays(spec: Any) -> bool:
 def _known(spec: Any, dtype: str, layout: str) -> PageAxes:
     from vllm.platforms import current_platform
 
-    tokens, heads, size = spec.block_size, spec.num_kv_heads, spec.head_size
-    strides: tuple[tuple[int, int, int], tuple[int, int, int]]
+    sizes = {"tokens": spec.block_size, "heads": spec.num_kv_heads, "head_size": spec.head_size}
     if current_platform.is_cpu() and _cpu_isa(spec) == "vec" and layout.startswith("LBHNC"):
-        # For each head the keys as [head_size, tokens], then the values as [tokens, head_size].
-        head = 2 * tokens * size
-        strides = ((1, head, tokens), (size, head, 1))
-        starts = (0, tokens * size)
-    elif current_platform.is_cuda() and _cuda_backend(spec) == "FLASH_ATTN":
-        # For each token and head the key, then the value.
-        row = 2 * size
-        token, head = (row, tokens * row) if layout.endswith("HNC") else (heads * row, row)
-        strides = ((token, head, 1), (token, head, 1))
-        starts = (0, size)
-    else:
-        return PageAxes(dtype=dtype)
-    return PageAxes(dtype=dtype, heads=heads, head_size=size, starts=starts, strides=strides)
+        return PageAxes.keys_transposed(dtype, **sizes)
+    if current_platform.is_cuda() and _cuda_backend(spec) == "FLASH_ATTN":
+        return PageAxes.rows(dtype, **sizes, tokens_inside=layout.endswith("HNC"))
+    return PageAxes(dtype=dtype)
 
 
 def _cpu_isa(spec: Any) -> str:

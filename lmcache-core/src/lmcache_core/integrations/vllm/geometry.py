@@ -33,6 +33,35 @@ class PageAxes:
     starts: tuple[int, int] = (0, 0)
     strides: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 0), (0, 0, 0))
 
+    @classmethod
+    def keys_transposed(cls, dtype: str, *, tokens: int, heads: int, head_size: int) -> PageAxes:
+        """For each head the keys as [head_size, tokens], then the values as [tokens, head_size]:
+        vLLM's CPU pages."""
+        head = 2 * tokens * head_size
+        return cls(
+            dtype=dtype,
+            heads=heads,
+            head_size=head_size,
+            starts=(0, tokens * head_size),
+            strides=((1, head, tokens), (head_size, head, 1)),
+        )
+
+    @classmethod
+    def rows(
+        cls, dtype: str, *, tokens: int, heads: int, head_size: int, tokens_inside: bool
+    ) -> PageAxes:
+        """For each token and head the key, then the value, heads outside of tokens or inside:
+        FlashAttention's pages."""
+        row = 2 * head_size
+        token, head = (row, tokens * row) if tokens_inside else (heads * row, row)
+        return cls(
+            dtype=dtype,
+            heads=heads,
+            head_size=head_size,
+            starts=(0, head_size),
+            strides=((token, head, 1), (token, head, 1)),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
