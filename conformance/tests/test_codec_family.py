@@ -104,6 +104,10 @@ class RightLossy(Right):
             return error_of(bytes(source), self.kept(source, shape, level), shape)
 
 
+def write_behind(target: memoryview) -> None:
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(target)) + len(target), 0, 8)
+
+
 class NoBound(RightLossy):
     """A level without a bound."""
 
@@ -299,61 +303,55 @@ class AnyType(Right):
         super().decode_into(source, target, shape=plain)
 
 
-class OtherErrors(Right):
+class Careless(Right):
+    """Does something of its own on a stream that zlib does not understand."""
+
+    def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
+        try:
+            super().decode_into(source, target, shape=shape)
+        except CannotDecode as error:
+            if error.__cause__ is not None:
+                self.puzzled(error.__cause__, target)
+            raise
+
+    def puzzled(self, cause: BaseException, target: memoryview) -> None:
+        raise NotImplementedError
+
+
+class OtherErrors(Careless):
     """Lets zlib's own error out."""
 
     kills = "X8"
 
-    def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
-        try:
-            super().decode_into(source, target, shape=shape)
-        except CannotDecode as error:
-            if error.__cause__ is not None:
-                raise error.__cause__ from None
-            raise
+    def puzzled(self, cause: BaseException, target: memoryview) -> None:
+        raise cause
 
 
-class Dies(Right):
+class Dies(Careless):
     """Ends the process on a stream that it does not understand."""
 
     kills = "X8"
 
-    def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
-        try:
-            super().decode_into(source, target, shape=shape)
-        except CannotDecode as error:
-            if error.__cause__ is not None:
-                os.abort()
-            raise
+    def puzzled(self, cause: BaseException, target: memoryview) -> None:
+        os.abort()
 
 
-class WritesOutside(Right):
+class WritesOutside(Careless):
     """Follows a damaged length past its target."""
 
     kills = "X8"
 
-    def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
-        try:
-            super().decode_into(source, target, shape=shape)
-        except CannotDecode as error:
-            if error.__cause__ is not None:
-                here = ctypes.addressof(ctypes.c_char.from_buffer(target)) + len(target)
-                ctypes.memset(here, 0, 8)
-            raise
+    def puzzled(self, cause: BaseException, target: memoryview) -> None:
+        write_behind(target)
 
 
-class TakesLong(Right):
+class TakesLong(Careless):
     """Searches long for sense in a damaged stream."""
 
     kills = "X8"
 
-    def decode_into(self, source: memoryview, target: memoryview, *, shape: PayloadShape) -> None:
-        try:
-            super().decode_into(source, target, shape=shape)
-        except CannotDecode as error:
-            if error.__cause__ is not None:
-                time.sleep(2.5)
-            raise
+    def puzzled(self, cause: BaseException, target: memoryview) -> None:
+        time.sleep(2.5)
 
 
 class SharedScratch(Right):
@@ -436,8 +434,7 @@ class EncodesBeyond(Right):
             return super().encode_into(source, target, shape=shape, level=level)
         except CannotEncode:
             if len(target):
-                end = ctypes.addressof(ctypes.c_char.from_buffer(target)) + len(target)
-                ctypes.memset(end, 0, 8)
+                write_behind(target)
             raise
 
 

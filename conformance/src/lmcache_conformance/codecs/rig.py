@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -104,17 +104,20 @@ class CodecRig:
             raise Wrong(f"{name}: decode wrote outside of its target")
         return bytes(target.view) if refused is None else refused
 
+    def taken(self, level: str = "") -> Iterator[tuple[Sample, bytes, Encoded]]:
+        """Every sample that the codec takes, its stream, and what was said of it."""
+        for sample in self.samples():
+            encoded = self.encode(sample, level)
+            if not isinstance(encoded, CannotEncode):
+                yield (sample, *encoded)
+
     def streams(self, level: str = "") -> list[tuple[Sample, bytes]]:
         """Every sample that the codec takes, encoded.
 
         Raises:
             Wrong: it takes none.
         """
-        found = []
-        for sample in self.samples():
-            encoded = self.encode(sample, level)
-            if not isinstance(encoded, CannotEncode):
-                found.append((sample, encoded[0]))
+        found = [(sample, stream) for sample, stream, _ in self.taken(level)]
         if not found:
             raise Wrong("it takes none of the payloads")
         return found
