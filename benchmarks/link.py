@@ -11,7 +11,6 @@ new one, so that host holds nothing; the modes take turns at each speed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import Figure, median, save, show, spread
+from first_token import ask, tell, told
 
 TOKENS, TAIL, DOCUMENTS = 2048, 16, 3
 ADDRESS, PORT = "10.77.0.2", 6379
@@ -32,14 +32,6 @@ MODES: dict[str, dict[str, str]] = {
     "zstd": {"codec": "zstd"},
     "cachegen": {"codec": "cachegen"},
     "auto": {"codec": "cachegen", "codec_level": "auto"},
-}
-ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
 }
 
 
@@ -101,8 +93,8 @@ def documents(model: str) -> list[list[int]]:
     return [ids[i * TOKENS : (i + 1) * TOKENS] for i in range(DOCUMENTS + 1)]
 
 
-def child(mode: str, phase: str, model: str) -> None:
-    from vllm import LLM, SamplingParams
+def child(mode: str, model: str) -> None:
+    from vllm import LLM
     from vllm.config import KVTransferConfig
 
     texts = documents(model)
@@ -129,21 +121,6 @@ def child(mode: str, phase: str, model: str) -> None:
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
 
-    def ask(name: str, ids: list[int], tokens: int) -> dict[str, Any]:
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        start, first = time.perf_counter(), None
-        engine.add_request(name, {"prompt_token_ids": ids}, params)
-        last: Any = None
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if first is None and output.outputs[0].token_ids:
-                    first = time.perf_counter() - start
-                last = output
-            if first is None:
-                time.sleep(0.001)
-        cached, tokens_out = last.num_cached_tokens, list(last.outputs[0].token_ids)
-        return {"ttft": first, "cached": cached, "tokens": tokens_out}
-
     def settle() -> None:
         end = time.monotonic() + 300
         cache = core.scheduler.connector.scheduler.cache.engine
@@ -156,35 +133,23 @@ def child(mode: str, phase: str, model: str) -> None:
         assert not cache.unsettled
 
     cache = core.scheduler.connector.scheduler.cache.engine
-    ask("warm-up", texts[0][:64], 2)
+    ask(engine, "warm-up", texts[0][:64], 2)
     rows = []
     for number, text in enumerate(texts):
         tail = texts[(number + 1) % len(texts)][1000 : 1000 + TAIL]
-        rows.append(ask(f"d{number}", text + tail, 8))
+        rows.append(ask(engine, f"d{number}", text + tail))
         settle()
     counts = {
         name.partition(".")[2]: value
         for name, value in cache.metrics.snapshot().items()
         if name.startswith("redis.") and value
     }
-    print("RESULT " + json.dumps({"rows": rows[1:], "counts": counts}), flush=True)
-    engine.engine_core.shutdown()
-    os._exit(0)
+    tell({"rows": rows[1:], "counts": counts}, engine)
 
 
-def run(namespace: str, mode: str, phase: str, model: str) -> dict[str, Any]:
+def run(namespace: str, mode: str, model: str) -> dict[str, Any]:
     command = ["ip", "netns", "exec", namespace, sys.executable, __file__, "--model", model]
-    done = subprocess.run(
-        [*command, "--child", mode, phase],
-        env={**os.environ, **ENV},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return dict(json.loads(line[7:]))
-    raise SystemExit(f"{mode} {phase} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return dict(told([*command, "--child", mode], 580))
 
 
 def measure(model: str, speeds: list[str], modes: list[str], rounds: int) -> dict[str, Any]:
@@ -197,8 +162,8 @@ def measure(model: str, speeds: list[str], modes: list[str], rounds: int) -> dic
                 for mode in modes[turn % len(modes) :] + modes[: turn % len(modes)]:
                     directory = tempfile.mkdtemp(prefix="link-")
                     with redis(ends[1], directory):
-                        first = run(ends[0], mode, "store", model)
-                        again = run(ends[0], mode, "ask", model)
+                        first = run(ends[0], mode, model)
+                        again = run(ends[0], mode, model)
                     shutil.rmtree(directory)
                     row = found[speed].setdefault(mode, {"ttft": [], "cold": [], "same": []})
                     for cold, warm in zip(first["rows"], again["rows"]):
@@ -252,10 +217,10 @@ def main() -> None:
     parser.add_argument("--speeds", default="100mbit,1gbit,unlimited")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--child", nargs=2)
+    parser.add_argument("--child", default="")
     args = parser.parse_args()
     if args.child:
-        child(*args.child, args.model)
+        child(args.child, args.model)
         return
     found = measure(args.model, args.speeds.split(","), args.modes.split(","), args.rounds)
     save(figures_of(found, args.rounds), args.out)

@@ -10,11 +10,8 @@ has its own document.  First token = add_request to the first output token, one 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,16 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from figures import Figure, median, save, show, spread
+from first_token import ask, tell, told
 
 SHARED, TAIL, SETS = 2048, 16, 3
-ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 def transfer(mode: str, directory: str) -> dict[str, Any] | None:
@@ -55,7 +45,7 @@ def transfer(mode: str, directory: str) -> dict[str, Any] | None:
 
 
 def child(mode: str, phase: str, model: str, directory: str) -> None:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.config import KVTransferConfig
 
     options: dict[str, Any] = {}
@@ -74,26 +64,10 @@ def child(mode: str, phase: str, model: str, directory: str) -> None:
     engine = llm.llm_engine
     number = 0
 
-    def ask(ids: list[int], tokens: int = 8) -> dict[str, Any]:
+    def ask_next(ids: list[int], tokens: int = 8) -> dict[str, Any]:
         nonlocal number
         number += 1
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        start, first = time.perf_counter(), None
-        engine.add_request(f"r{number}", {"prompt_token_ids": ids}, params)
-        last: Any = None
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-            if not outputs:
-                time.sleep(0.001)
-            for output in outputs:
-                if first is None and output.outputs[0].token_ids:
-                    first = time.perf_counter() - start
-                last = output
-        return {
-            "ttft": first,
-            "cached": last.num_cached_tokens,
-            "tokens": list(last.outputs[0].token_ids),
-        }
+        return ask(engine, f"r{number}", ids, tokens)
 
     rng = random.Random(5)
 
@@ -102,34 +76,22 @@ def child(mode: str, phase: str, model: str, directory: str) -> None:
 
     documents = [ids(SHARED) for _ in range(SETS)]
     tails = [[ids(TAIL) for _ in range(3)] for _ in range(SETS)]
-    ask(ids(96), 2)
+    ask_next(ids(96), 2)
     results = []
     for document, (cold, warm, again) in zip(documents, tails):
         asked = [cold, warm] if phase == "first" else [again]
         for tail in asked:
-            results.append(ask(document + tail))
-            ask(ids(32), 4)
+            results.append(ask_next(document + tail))
+            ask_next(ids(32), 4)
             time.sleep(0.3)
-            ask(ids(32), 2)
-    print("RESULT " + json.dumps(results), flush=True)
-    engine.engine_core.shutdown()
-    os._exit(0)
+            ask_next(ids(32), 2)
+    tell(results, engine)
 
 
 def run(mode: str, phase: str, model: str, directory: str) -> list[dict[str, Any]]:
     command = [sys.executable, __file__, "--child", mode, phase, "--model", model]
     here = str(Path(__file__).parent)
-    done = subprocess.run(
-        [*command, "--directory", directory],
-        env={**os.environ, **ENV, "PYTHONPATH": here},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return list(json.loads(line[7:]))
-    raise SystemExit(f"{mode} {phase} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return list(told([*command, "--directory", directory], 300, PYTHONPATH=here))
 
 
 def measure(model: str, rounds: int, modes: list[str]) -> dict[str, list[float]]:
