@@ -9,6 +9,19 @@ from lmcache_core.sdk.base import BaseConnector
 from lmcache_core.sdk.batch import BatchLoop, TargetTooSmall, ValueCorrupt, status_of_oserror
 from lmcache_core.sdk.buffers import Buffer, MemoryKind, Region, ReleaseToken
 from lmcache_core.sdk.capabilities import Capabilities, Durability, OnExisting, Sharing
+from lmcache_core.sdk.channel import (
+    CHANNEL_API_VERSION,
+    CHANNEL_GROUP,
+    MAX_GRANT_BYTES,
+    Access,
+    ChannelCapabilities,
+    ChannelHost,
+    ChannelPlugin,
+    Grant,
+    PeerRefused,
+    Piece,
+    TransferChannel,
+)
 from lmcache_core.sdk.codec import (
     CODEC_API_VERSION,
     CODEC_GROUP,
@@ -43,7 +56,9 @@ from lmcache_core.sdk.errors import (
     Unsupported,
 )
 from lmcache_core.sdk.fileops import FileEntry, FileOps, OsFileOps
+from lmcache_core.sdk.grants import Grants, Part
 from lmcache_core.sdk.guarded import GuardedLoop
+from lmcache_core.sdk.handshake import Introduction, read_secret
 from lmcache_core.sdk.hookspecs import (
     BackendHooks,
     BackendInfo,
@@ -54,14 +69,16 @@ from lmcache_core.sdk.hookspecs import (
     Probe,
     hookimpl,
 )
+from lmcache_core.sdk.links import Endpoint, Link, Listener, dial
 from lmcache_core.sdk.ranges import check_ranges
 from lmcache_core.sdk.status import GetResult, Status
 from lmcache_core.sdk.value_files import ValueFiles, directory_of, writable
 from lmcache_core.sdk.workers import LeftBehind, Pending, Workers
 
 __all__ = [
-    "API_VERSION",
     "AbandoningLoop",
+    "Access",
+    "API_VERSION",
     "BACKEND_GROUP",
     "BackendClosed",
     "BackendHooks",
@@ -70,13 +87,18 @@ __all__ = [
     "BaseConnector",
     "BatchLoop",
     "Buffer",
-    "CLOSE_LIMIT_S",
-    "CODEC_API_VERSION",
-    "CODEC_GROUP",
     "CannotDecode",
     "CannotEncode",
     "Capabilities",
+    "CHANNEL_API_VERSION",
+    "CHANNEL_GROUP",
+    "ChannelCapabilities",
+    "ChannelHost",
+    "ChannelPlugin",
+    "CLOSE_LIMIT_S",
     "Codec",
+    "CODEC_API_VERSION",
+    "CODEC_GROUP",
     "CodecInfo",
     "ConfigError",
     "ContractViolation",
@@ -84,25 +106,35 @@ __all__ = [
     "Durability",
     "ELEMENT_BYTES",
     "Encoded",
+    "Endpoint",
     "FileEntry",
     "FileOps",
     "GetResult",
+    "Grant",
+    "Grants",
     "GuardedLoop",
     "Health",
     "HostServices",
+    "Introduction",
     "KVTensor",
-    "LMCacheError",
     "LeftBehind",
+    "Link",
+    "Listener",
+    "LMCacheError",
+    "MAX_GRANT_BYTES",
     "MAX_KEY_BYTES",
     "MemoryKind",
-    "OPTIONAL_PROTOCOLS",
     "OnExisting",
     "OpContext",
+    "OPTIONAL_PROTOCOLS",
     "OptionSpec",
     "OptionValue",
     "OsFileOps",
+    "Part",
     "PayloadShape",
+    "PeerRefused",
     "Pending",
+    "Piece",
     "Probe",
     "Region",
     "ReleaseToken",
@@ -115,13 +147,16 @@ __all__ = [
     "SupportsScan",
     "SupportsSubmit",
     "TargetTooSmall",
+    "TransferChannel",
     "Unsupported",
     "ValueCorrupt",
     "ValueFiles",
     "Workers",
     "check_ranges",
+    "dial",
     "directory_of",
     "hookimpl",
+    "read_secret",
     "status_of_oserror",
     "writable",
 ]
