@@ -65,15 +65,17 @@ class Grants:
     def enter(
         self, number: int, peer: str, access: Access, parts: Sequence[Part]
     ) -> list[Buffer | None]:
-        """The span of each part that ``peer`` may touch now, else None.  Ends with `leave`."""
+        """The span of each part that ``peer`` may touch now, else None.  Ends with `leave`, unless
+        every one is None."""
         with self._lock:
             one = self._open.get(number)
             if one is None or one.peer != peer or one.access is not access:
                 return [None] * len(parts)
             if one.revoked or self._clock() >= one.until_s:
                 return [None] * len(parts)
-            one.users += 1
-            return [self._span(one, part) for part in parts]
+            spans = [self._span(one, part) for part in parts]
+            one.users += any(span is not None for span in spans)
+            return spans
 
     def live(self, number: int) -> bool:
         """Whether what was entered may go on: it is neither revoked nor has its lease ended."""

@@ -1,0 +1,1 @@
+"""Transfer channels: how they are found, and the built-in ``tcp://``."""

@@ -1,0 +1,174 @@
+"""What a lane of ``tcp://`` carries: one request after the other, each answered before the next.
+
+A request is ``op, pieces, notification bytes, grant``, then span, offset and length of each piece,
+then the notification, then (of a write) the pieces' bytes.  A write is answered by one byte a
+piece; a read by one byte a piece, the bytes of those that are OK, and one byte a piece again, since
+a grant may end meanwhile.  Bytes go between the socket and the memory that they belong to.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lmcache_core.sdk import Part, Status
+
+WRITE, READ = 1, 2
+ANSWERS = (Status.OK, Status.REJECTED, Status.FAILED)
+SLICE_S = 0.05
+"""How soon whoever waits for bytes looks whether it should go on."""
+MAX_VECTORS = 64
+DISCARD_BYTES = 1 << 16
+
+_HEAD = struct.Struct("<BxHIQ")
+_PART = struct.Struct("<IQQ")
+_TICKET = struct.Struct("<8sQ")
+_TICKET_MAGIC = b"tcpgrant"
+
+
+class Stopped(Exception):
+    """Raised out of a wait for bytes: whoever waits should not go on."""
+
+
+class Request(NamedTuple):
+    """One request, as its target reads it."""
+
+    op: int
+    grant: int
+    parts: list[Part]
+    notification: bytes
+
+
+def ticket_of(number: int) -> bytes:
+    """What a peer shows to use grant ``number``."""
+    return _TICKET.pack(_TICKET_MAGIC, number)
+
+
+def number_of(ticket: bytes) -> int | None:
+    """The grant's number, or None when it is no ticket."""
+    if len(ticket) != _TICKET.size:
+        return None
+    magic, number = _TICKET.unpack(ticket)
+    return int(number) if magic == _TICKET_MAGIC else None
+
+
+def pack(request: Request) -> bytes:
+    """Everything of a request before the pieces' bytes."""
+    head = _HEAD.pack(request.op, len(request.parts), len(request.notification), request.grant)
+    parts = b"".join(_PART.pack(*part) for part in request.parts)
+    return head + parts + request.notification
+
+
+class Wire:
+    """A socket on which one thread sends and receives whole messages.
+
+    Args:
+        go_on: raises to end a wait; asked every `SLICE_S` and after each call of the system.
+    """
+
+    def __init__(self, sock: socket.socket, go_on: Callable[[], None]) -> None:
+        self.sock = sock
+        self.go_on = go_on
+        self._scratch = memoryview(bytearray(DISCARD_BYTES))
+        sock.settimeout(SLICE_S)
+
+    def receive(self, nbytes: int) -> bytes:
+        """So many bytes.
+
+        Raises:
+            OSError: the connection ended.
+        """
+        data = bytearray(nbytes)
+        self.receive_into([memoryview(data)])
+        return bytes(data)
+
+    def receive_into(self, views: Sequence[memoryview]) -> None:
+        """Fill every view, in order."""
+        left = [view for view in views if view.nbytes]
+        while left:
+            self.go_on()
+            try:
+                if len(left) == 1:
+                    got = self.sock.recv_into(left[0])
+                else:
+                    got = self.sock.recvmsg_into(left[:MAX_VECTORS])[0]
+            except TimeoutError:
+                continue
+            if not got:
+                raise ConnectionError("the peer ended the lane")
+            left = _after(left, got)
+
+    def discard(self, nbytes: int) -> None:
+        """Take so many bytes and keep none."""
+        while nbytes:
+            self.go_on()
+            try:
+                got = self.sock.recv_into(self._scratch[: min(nbytes, DISCARD_BYTES)])
+            except TimeoutError:
+                continue
+            if not got:
+                raise ConnectionError("the peer ended the lane")
+            nbytes -= got
+
+    def send(self, views: Sequence[memoryview | bytes]) -> None:
+        """Send every view, in order."""
+        left = [memoryview(view) for view in views if len(view)]
+        while left:
+            self.go_on()
+            try:
+                sent = self.sock.sendmsg(left[:MAX_VECTORS])
+            except TimeoutError:
+                continue
+            left = _after(left, sent)
+
+    def pad(self, nbytes: int) -> None:
+        """Send so many zeros."""
+        zeros = bytes(min(nbytes, DISCARD_BYTES))
+        while nbytes:
+            part = zeros[: min(nbytes, len(zeros))]
+            self.send([part])
+            nbytes -= len(part)
+
+    def request(self, *, max_pieces: int, max_message_bytes: int) -> Request:
+        """The next one.
+
+        Raises:
+            ConnectionError: what came is none, or the connection ended.
+        """
+        op, count, length, grant = _HEAD.unpack(self.receive(_HEAD.size))
+        if op not in (WRITE, READ) or count > max_pieces or length > max_message_bytes:
+            raise ConnectionError("a request that is none")
+        packed = self.receive(count * _PART.size)
+        parts = [Part(*_PART.unpack_from(packed, at * _PART.size)) for at in range(count)]
+        return Request(op, grant, parts, self.receive(length))
+
+    def answers(self, count: int) -> list[Status]:
+        """One status a piece."""
+        codes = self.receive(count)
+        return [ANSWERS[code] if code < len(ANSWERS) else Status.FAILED for code in codes]
+
+    def answer(self, statuses: Sequence[Status]) -> None:
+        """Send one status a piece."""
+        self.send([bytes(ANSWERS.index(status) for status in statuses)])
+
+
+def until(deadline_s: float, wanted: Callable[[], bool]) -> Callable[[], None]:
+    """A ``go_on`` that ends at the deadline, or when it is wanted no more."""
+
+    def go_on() -> None:
+        if time.monotonic() >= deadline_s or not wanted():
+            raise Stopped
+
+    return go_on
+
+
+def _after(views: list[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left of ``views`` behind the first ``nbytes``."""
+    for at, view in enumerate(views):
+        if nbytes < view.nbytes:
+            return [view[nbytes:], *views[at + 1 :]]
+        nbytes -= view.nbytes
+    return []
