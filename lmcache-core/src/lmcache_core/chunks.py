@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Protocol
 
 from lmcache_core.config import EngineConfig
 from lmcache_core.layout import ChunkLayout
@@ -23,6 +24,23 @@ from lmcache_core.tiers.stack import TierStack
 from lmcache_core.transfer.executor import Runtime
 
 
+class Part(Protocol):
+    """What lives with an engine and is polled with it."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether the owner must go on polling."""
+        ...
+
+    def tick(self) -> None:
+        """Look at deadlines."""
+        ...
+
+    def close(self) -> bool:
+        """End; False when something still runs."""
+        ...
+
+
 class ChunkEngine:
     """prefetch / reserve / commit / abort / drop / close by stored keys, of any layout.
 
@@ -35,6 +53,7 @@ class ChunkEngine:
     Attributes:
         evicted: keys that left the host tier lately.
         unstored: writes to lower tiers that failed, so far.
+        parts: closed with the engine, before its tiers.
     """
 
     def __init__(
@@ -64,6 +83,7 @@ class ChunkEngine:
         self._demoting = 0
         self._demoting_bytes = 0
         self.unstored = 0
+        self.parts: list[Part] = []
         self._closed = False
         self.metrics.gauge("host.used_bytes", lambda: self.host.used_bytes)
         for tier in self.tiers.readable:
@@ -77,8 +97,10 @@ class ChunkEngine:
 
     @property
     def settling(self) -> bool:
-        """Whether lower tiers still have answers to give within their deadlines."""
-        return self._demoting > 0 and self.tiers.settling
+        """Whether lower tiers, or other parts, still have answers to give within their
+        deadlines."""
+        waiting = self._demoting > 0 and self.tiers.settling
+        return waiting or any(part.busy for part in self.parts)
 
     @property
     def unsettled(self) -> int:
@@ -94,6 +116,8 @@ class ChunkEngine:
         """Bring in finished work and look at deadlines; returns how much came in."""
         count = self.runtime.completions.drain()
         self.tiers.tick()
+        for part in self.parts:
+            part.tick()
         return count
 
     def is_arriving(self, key: bytes) -> bool:
@@ -162,6 +186,15 @@ class ChunkEngine:
         self.host.drop(keys)
         self.tiers.delete(keys)
 
+    def hold(self, chunk: HostChunk) -> None:
+        """Native code may still read the pinned ``chunk``: unpin it when it is `released`."""
+        self._lent.setdefault(chunk.offset, []).append(chunk)
+
+    def lose(self, chunk: HostChunk) -> None:
+        """Native code may still write the slot: keep it out of use until it is `released`."""
+        self.host.lose(chunk)
+        self._lost[chunk.offset] = chunk
+
     def recode(
         self,
         keys: Sequence[bytes],
@@ -207,11 +240,13 @@ class ChunkEngine:
         """
         if self._closed:
             return True
+        ended = [part.close() for part in self.parts]
+        self.parts.clear()
         flushed = self.flush(self.config.close_timeout_s)
         if not flushed:
             self.metrics.counter("close.unflushed").inc(self._demoting)
         self._closed = True
-        clean = self.tiers.close(1.0)
+        clean = self.tiers.close(1.0) and all(ended)
         self.poll()
         if clean and not (self._lost or self._lent):
             self.host.arena.close()
@@ -234,8 +269,7 @@ class ChunkEngine:
         self.evicted.add(key)
 
     def _lose(self, chunk: HostChunk, tier: RemoteTier) -> None:
-        self.host.lose(chunk)
-        self._lost[chunk.offset] = chunk
+        self.lose(chunk)
         tier.count("lost_bytes", chunk.payload_bytes)
 
     def _demote(self, chunk: HostChunk) -> None:
@@ -253,7 +287,7 @@ class ChunkEngine:
         self.unstored += status is not Status.OK
         if status is Status.ABANDONED:
             # Native code may still read the slot: it stays pinned until it is released.
-            self._lent.setdefault(chunk.offset, []).append(chunk)
+            self.hold(chunk)
             return
         self.host.unpin(chunk)
 

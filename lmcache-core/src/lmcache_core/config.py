@@ -106,6 +106,19 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         max_sessions: engines that a node server serves at the same time.
         max_session_bytes: host memory that one of them may write and read at the same time;
             0 takes half of the host tier.
+        channel: address of this engine's transfer channel, such as ``tcp://127.0.0.1:7001`` or
+            ``nixl+ucx://10.0.0.7:7001``; "" opens none.
+        channel_token_file: what engines show each other; `lmc token` makes one.
+        peers: channel addresses of engines whose host tiers are asked for what is missing here.
+        peer_deadline_s: for one question to a peer, or one read of its chunks.
+        transfer_deadline_s: how long a decoder waits for a prefiller before it computes the
+            prompt itself.
+        transfer_threads: threads that carry chunks to and from other engines.
+        max_transfers: prompts that are pushed to decoders at the same time.
+        max_expected_bytes: host memory that chunks which prefillers are to write may hold; 0
+            takes half of the host tier.
+        lend_lease_s: how long a peer may read chunks that it borrowed.
+        max_lent_bytes: host memory that is lent at the same time; 0 takes a quarter of the tier.
         drain_timeout_s: how long a node server that is told to stop waits for its sessions,
             and then for the tiers below host.
     """
@@ -133,12 +146,36 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     node_retry_s: float = 1.0
     max_sessions: int = 256
     max_session_bytes: int = 0
+    channel: str = ""
+    channel_token_file: str = ""
+    peers: tuple[str, ...] = ()
+    peer_deadline_s: float = 1.0
+    transfer_deadline_s: float = 30.0
+    transfer_threads: int = 4
+    max_transfers: int = 256
+    max_expected_bytes: int = 0
+    lend_lease_s: float = 10.0
+    max_lent_bytes: int = 0
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         _require_positive(self, "host_bytes", "chunk_size", "copy_threads", "max_sessions")
         _require_duration(self, "lookup_deadline_s", "close_timeout_s", "drain_timeout_s")
         _require_duration(self, "node_connect_timeout_s", "node_reply_timeout_s", "node_retry_s")
+        _require_positive(self, "transfer_threads", "max_transfers")
+        _require_duration(self, "peer_deadline_s", "transfer_deadline_s", "lend_lease_s")
+        if self.peers and not self.channel:
+            raise ConfigError("peers without a channel", hint="channel: tcp://127.0.0.1:0")
+        if self.channel and not self.channel_token_file:
+            raise ConfigError(
+                "a channel without channel_token_file",
+                hint="lmc token FILE makes one; every engine gets the same",
+            )
+        if self.channel and self.node:
+            raise ConfigError(
+                "a channel needs the cache in the engine's own process, node names another",
+                hint="remove node, or channel",
+            )
 
 
 def _require_positive(config: object, *names: str) -> None:

@@ -6,7 +6,7 @@ The one place that knows both configuration and plugins; raises before anything 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, TypeVar
@@ -22,11 +22,21 @@ from lmcache_core.layout import ChunkLayout
 from lmcache_core.logs import logger
 from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
-from lmcache_core.sdk import ConfigError, HostServices, Region, ReleaseToken, RemoteConnector
+from lmcache_core.sdk import (
+    ConfigError,
+    HostServices,
+    Region,
+    ReleaseToken,
+    RemoteConnector,
+    read_secret,
+)
 from lmcache_core.tiers.encoding import Encoding
 from lmcache_core.tiers.host import HostTier
 from lmcache_core.tiers.remote import RemoteTier
 from lmcache_core.transfer.executor import Runtime
+from lmcache_core.transport.hub import Hub
+from lmcache_core.transport.peers import PeerConnector
+from lmcache_core.transport.transport import Transport
 
 
 def open_engine(
@@ -50,19 +60,27 @@ def open_chunks(
     layouts: Sequence[ChunkLayout] = (),
     runtime: Runtime | None = None,
     meanwhile: Callable[[], None] = lambda: None,
+    identity: Callable[[], Mapping[str, str]] = dict,
 ) -> ChunkEngine:
     """An engine of chunks of any layout, with its arena and every configured tier.
 
     Args:
         layouts: which the host tier must have room for.
         meanwhile: runs while the arena's memory is being prepared.
+        identity: asked afterwards, with a channel: what the chunks are, by field; engines whose
+            fields differ push nothing to each other.
 
     Raises:
         ConfigError: no such backend, a wrong option, a directory that can't be written,
             a chunk larger than the host tier.
         BackendUnavailable: a store that can't be reached now.
     """
-    return _open(config, layouts, lambda parts: ChunkEngine(**parts), runtime, meanwhile)
+    return _open(config, layouts, lambda parts: ChunkEngine(**parts), runtime, meanwhile, identity)
+
+
+def transport_of(engine: ChunkEngine) -> Transport | None:
+    """What ``engine`` sends and takes over its channel; None without one."""
+    return next((part for part in engine.parts if isinstance(part, Transport)), None)
 
 
 class EngineParts(TypedDict):
@@ -84,6 +102,7 @@ def _open(
     make: Callable[[EngineParts], _Engine],
     runtime: Runtime | None,
     meanwhile: Callable[[], None],
+    identity: Callable[[], Mapping[str, str]] = dict,
 ) -> _Engine:
     runtime = runtime or Runtime()
     metrics = Metrics()
@@ -100,8 +119,10 @@ def _open(
     services = _services(arena, runtime, metrics, lambda token: engines[0].released(token))
     connectors: list[tuple[str, TierConfig, Encoding, RemoteConnector]] = []
     codecs = Codecs()
+    hub: Hub | None = None
     try:
         meanwhile()
+        hub = _open_hub(config, arena, metrics, runtime, services.released)
         for tier in config.tiers:
             name = _tier_name(tier, [row[0] for row in connectors])
             encoding = Encoding(
@@ -111,9 +132,13 @@ def _open(
             )
             connector = plugins.open_connector(tier.url, services)
             connectors.append((name, tier, encoding, connector))
+        if hub is not None:
+            connectors += _peers(config, hub, codecs, metrics)
     except BaseException:
         for *_, connector in connectors:
             connector.close()
+        if hub is not None:
+            hub.close()
         arena.close()
         raise
 
@@ -137,9 +162,46 @@ def _open(
         )
     )
     engines.append(engine)
+    if hub is not None:
+        engine.parts.append(Transport(engine, hub, config, identity=identity()))
     for remote in engine.tiers.readable:
         remote.recover()
     return engine
+
+
+def _open_hub(
+    config: EngineConfig,
+    arena: Arena,
+    metrics: Metrics,
+    runtime: Runtime,
+    released: Callable[[ReleaseToken], None],
+) -> Hub | None:
+    if not config.channel:
+        return None
+    hub = Hub(
+        config.channel,
+        secret=read_secret(config.channel_token_file),
+        region=arena.region,
+        metrics=metrics,
+        released=released,
+        clock=runtime.now_s,
+    )
+    logger.info("transfer channel at %s", hub.address)
+    return hub
+
+
+def _peers(
+    config: EngineConfig, hub: Hub, codecs: Codecs, metrics: Metrics
+) -> list[tuple[str, TierConfig, Encoding, RemoteConnector]]:
+    """A tier for each peer, so that one which stands still holds up no other."""
+    found: list[tuple[str, TierConfig, Encoding, RemoteConnector]] = []
+    batch = min(64, hub.channel.capabilities.max_pieces)
+    for number, address in enumerate(config.peers, 1):
+        tier = TierConfig(url=address, write="never", deadline_s=config.peer_deadline_s)
+        name = f"peer{number}"
+        encoding = Encoding(tier, codecs, count=partial(_count, metrics, name))
+        found.append((name, tier, encoding, PeerConnector(hub, address, max_batch=batch)))
+    return found
 
 
 def _check_room(config: EngineConfig, layout: ChunkLayout) -> None:

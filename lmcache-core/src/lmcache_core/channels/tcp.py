@@ -122,6 +122,7 @@ class TcpChannel(TransferChannel):
         self._regions.pop(region.region_id, None)
 
     def metadata(self) -> bytes:
+        self._check_open("metadata")
         return str(self._listener.endpoint).encode()
 
     def connect(self, metadata: bytes, ctx: OpContext) -> str:
@@ -147,6 +148,7 @@ class TcpChannel(TransferChannel):
         return self._join(sock, session, endpoint).name
 
     def disconnect(self, peer: str) -> None:
+        self._check_open("disconnect")
         found = self._peers.get(peer)
         if found is not None:
             self._part(found, "")
@@ -167,6 +169,7 @@ class TcpChannel(TransferChannel):
         return Grant(number, ticket_of(number))
 
     def revoke(self, grant: Grant, ctx: OpContext) -> Status:
+        self._check_open("revoke")
         # Whoever touches a span looks every few milliseconds whether it still may.
         left_s = max(ctx.deadline_s - self._host.clock(), 0.0)
         if self._grants.revoke(grant.number, left_s):
@@ -198,6 +201,7 @@ class TcpChannel(TransferChannel):
         return self._start(READ, peer, grant, pieces, ctx, notification)
 
     def poll(self, transfer: int) -> list[Status] | None:
+        self._check_open("poll")
         found = self._transfers.get(transfer)
         if found is None:
             raise ContractViolation(f"no transfer {transfer}", backend=SCHEME, op="poll")
@@ -212,6 +216,7 @@ class TcpChannel(TransferChannel):
         return self.poll(transfer)
 
     def cancel(self, transfer: int) -> None:
+        self._check_open("cancel")
         found = self._transfers.get(transfer)
         if found is not None:
             found.cancelled = True

@@ -83,8 +83,8 @@ class HostChunk:
 
 
 class HostTier:
-    """Not thread-safe: the engine's owner thread calls it; payload bytes may be copied
-    from other threads while the chunk is WRITING or pinned.
+    """Not thread-safe, but `lend`: the engine's owner thread calls it; payload bytes may be
+    copied from other threads while the chunk is WRITING or pinned.
 
     Args:
         arena: the memory.
@@ -102,6 +102,7 @@ class HostTier:
         self._chunks: dict[bytes, HostChunk] = {}
         self._lru = Lru()
         self._on_evict = on_evict or (lambda key: None)
+        self._pinning = threading.Lock()
         self.on_change: Callable[[bytes, bool], None] = lambda key, present: None
         self.lost_bytes = 0
 
@@ -196,13 +197,24 @@ class HostTier:
         """Keep a SEALED chunk until `unpin`."""
         if chunk.state is not ChunkState.SEALED:
             raise ContractViolation(f"pin of a chunk that is {chunk.state.value}", op="pin")
-        chunk.pins += 1
+        with self._pinning:
+            chunk.pins += 1
+
+    def lend(self, key: bytes) -> HostChunk | None:
+        """The SEALED chunk of ``key``, pinned; None when it is not here.  From any thread; the
+        owner unpins it."""
+        with self._pinning:
+            chunk = self.get(key)
+            if chunk is not None:
+                chunk.pins += 1
+            return chunk
 
     def unpin(self, chunk: HostChunk) -> None:
         """End one `pin`."""
         if chunk.pins <= 0:
             raise ContractViolation("unpin without pin", op="unpin")
-        chunk.pins -= 1
+        with self._pinning:
+            chunk.pins -= 1
         if chunk.doomed and not chunk.pins:
             self._free(chunk)
 
@@ -222,9 +234,11 @@ class HostTier:
                 self._forget(chunk)
                 chunk.doomed = True
                 continue
-            self._forget(chunk)
-            chunk.doomed = True
-            if not chunk.pins:
+            with self._pinning:
+                self._forget(chunk)
+                chunk.doomed = True
+                pinned = chunk.pins
+            if not pinned:
                 self._free(chunk)
         return dropped
 
@@ -259,7 +273,10 @@ class HostTier:
     def _evict_for(self, nbytes: int) -> int | None:
         for key in self._lru.victims(self._evictable):
             chunk = self._chunks[key]
-            self._forget(chunk)
+            with self._pinning:
+                if chunk.pins:
+                    continue  # lent since it was looked at
+                self._forget(chunk)
             self._free(chunk)
             self._on_evict(key)
             offset = self._allocator.alloc(nbytes)

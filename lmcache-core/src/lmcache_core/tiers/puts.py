@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from lmcache_core import envelope
 from lmcache_core.config import TierConfig
 from lmcache_core.envelope import HEADER_BYTES, stored_bytes
 from lmcache_core.policy.codec_choice import AS_IS, Way
 from lmcache_core.sdk import Buffer, OpContext, RemoteConnector, Status
 from lmcache_core.tiers.calls import Calls
 from lmcache_core.tiers.encoding import Encoding
+from lmcache_core.tiers.framing import frame
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.quota import Quota
 from lmcache_core.tiers.staging import Staging
@@ -239,15 +239,7 @@ class Puts:
         return status
 
     def _sealed(self, chunk: HostChunk) -> Buffer:
-        """The slot with its envelope's header, which the first tier that needs it writes."""
+        """The slot with its envelope's header."""
         slot = self._host.slot(chunk)
-        with chunk.frame_lock:
-            if not chunk.framed:
-                envelope.seal(
-                    slot,
-                    key=chunk.key,
-                    layout=chunk.layout.fingerprint,
-                    payload_bytes=chunk.payload_bytes,
-                )
-                chunk.framed = True
+        frame(chunk, slot)
         return self._host.buffer(chunk, slot.toreadonly())
