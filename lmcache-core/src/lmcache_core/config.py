@@ -113,6 +113,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         peer_deadline_s: for one question to a peer, or one read of its chunks.
         transfer_deadline_s: how long a decoder waits for a prefiller before it computes the
             prompt itself.
+        push_wait_s: how long a prefiller's step may wait for its page copies, so that a decoder
+            gets them now and not after the next step.
         transfer_threads: threads that carry chunks to and from other engines.
         max_transfers: prompts that are pushed to decoders at the same time.
         max_expected_bytes: host memory that chunks which prefillers are to write may hold; 0
@@ -151,6 +153,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     peers: tuple[str, ...] = ()
     peer_deadline_s: float = 1.0
     transfer_deadline_s: float = 30.0
+    push_wait_s: float = 0.02
     transfer_threads: int = 4
     max_transfers: int = 256
     max_expected_bytes: int = 0
@@ -163,7 +166,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         _require_duration(self, "lookup_deadline_s", "close_timeout_s", "drain_timeout_s")
         _require_duration(self, "node_connect_timeout_s", "node_reply_timeout_s", "node_retry_s")
         _require_positive(self, "transfer_threads", "max_transfers")
-        _require_duration(self, "peer_deadline_s", "transfer_deadline_s", "lend_lease_s")
+        _require_duration(self, "peer_deadline_s", "transfer_deadline_s")
+        _require_duration(self, "lend_lease_s", "push_wait_s")
         if self.peers and not self.channel:
             raise ConfigError("peers without a channel", hint="channel: tcp://127.0.0.1:0")
         if self.channel and not self.channel_token_file:

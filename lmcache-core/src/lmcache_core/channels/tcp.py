@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from lmcache_core.channels.tcp_lane import Answering, Asking, Transfer
-from lmcache_core.channels.tcp_wire import READ, WRITE, Request, number_of, ticket_of
+from lmcache_core.channels.tcp_wire import NO_SPAN, READ, WRITE, Request, number_of, ticket_of
 from lmcache_core.sdk import (
     CLOSE_LIMIT_S,
     Access,
@@ -218,15 +218,13 @@ class TcpChannel(TransferChannel):
     def cancel(self, transfer: int) -> None:
         self._check_open("cancel")
         found = self._transfers.get(transfer)
-        if found is not None:
-            found.cancelled = True
+        if found is not None and found.asking is not None:
+            found.asking.cancel(found)
 
     def quiesce(self, peer: str, ctx: OpContext) -> Status:
         self._check_open("quiesce")
         found = self._peers.get(peer)
-        running = found.asking.open_transfers() if found is not None else []
-        for transfer in running:
-            transfer.cancelled = True
+        running = found.asking.cancel_all() if found is not None else []
         quiet = all(
             transfer.ended.wait(max(0.0, ctx.deadline_s - self._host.clock()))
             for transfer in running
@@ -266,7 +264,7 @@ class TcpChannel(TransferChannel):
                 f"a notification of {len(notification)} bytes", backend=SCHEME, op=name
             )
         number = number_of(grant)
-        parts = [Part(p.span, p.offset, p.local.nbytes) for p in pieces]
+        parts = [_part(piece) for piece in pieces]
         views = [p.local.view for p in pieces if p.local.view is not None]
         until_s = time.monotonic() + max(0.0, ctx.deadline_s - self._host.clock())
         transfer = Transfer(Request(op, number or 0, parts, notification), views, until_s)
@@ -275,9 +273,10 @@ class TcpChannel(TransferChannel):
         found = self._peers.get(peer)
         if found is None:
             transfer.end(Status.FAILED)
-        elif number is None or any(min(p) < 0 or max(p) >= 1 << 32 for p in parts):
+        elif number is None:
             transfer.end(Status.REJECTED)
         else:
+            transfer.asking = found.asking
             found.asking.start(transfer)
         return ticket
 
@@ -460,6 +459,13 @@ class TcpChannel(TransferChannel):
             yield
         finally:
             self._threads.discard(thread)
+
+
+def _part(piece: Piece) -> Part:
+    """``piece`` as it is named to the peer; what no grant can hold is named as no span."""
+    nameable = 0 <= piece.span < NO_SPAN and 0 <= piece.offset < 1 << 63
+    span, offset = (piece.span, piece.offset) if nameable else (NO_SPAN, 0)
+    return Part(span, offset, piece.local.nbytes)
 
 
 def _new_session() -> bytes:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lmcache_core.channels.tcp_wire import SLICE_S, WRITE, Request, Stopped, Wire, pack, until
-from lmcache_core.sdk import Access, BackendUnavailable, Grants, LMCacheError, Part, Status
+from lmcache_core.sdk import Access, Grants, LMCacheError, Part, Status
+
+LANE_TIMEOUT_S = 5.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Transfer:
     """One write or read, from its start to its answers."""
 
@@ -22,6 +24,8 @@ class Transfer:
     views: Sequence[memoryview]
     deadline_s: float
     cancelled: bool = False
+    sending: bool = False
+    asking: Asking | None = None
     answers: list[Status] | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -67,11 +71,24 @@ class Asking:
                 self._thread.start()
             self._changed.notify()
 
-    def open_transfers(self) -> list[Transfer]:
-        """Those that have no answers yet."""
+    def cancel(self, transfer: Transfer) -> None:
+        """Want it no more: at once where nothing of it was sent."""
+        with self._changed:
+            transfer.cancelled = True
+            if transfer in self._queue:
+                self._queue.remove(transfer)
+            elif transfer.sending or transfer.answers is not None:
+                return
+            transfer.end(Status.TIMED_OUT)
+
+    def cancel_all(self) -> list[Transfer]:
+        """`cancel` all that have no answers yet; returns them."""
         with self._changed:
             running = [self._running] if self._running is not None else []
-            return running + list(self._queue)
+            found = running + list(self._queue)
+            for transfer in found:
+                self.cancel(transfer)
+            return found
 
     def close(self) -> None:
         """End every transfer as FAILED."""
@@ -103,15 +120,16 @@ class Asking:
         self._drop()
 
     def _carry(self, transfer: Transfer) -> None:
-        try:
-            wire = self._ready(transfer)
-            wire.go_on = until(transfer.deadline_s, lambda: not transfer.cancelled)
-            wire.go_on()
-        except (Stopped, LMCacheError):
-            # Nothing was sent, so the lane is as it was.
-            late = transfer.cancelled or time.monotonic() >= transfer.deadline_s
-            transfer.end(Status.TIMED_OUT if late and self._open else Status.FAILED)
-            return
+        wire = self._ready(transfer)
+        with self._changed:
+            if transfer.answers is not None:
+                return
+            late = time.monotonic() >= transfer.deadline_s
+            if wire is None or late or not self._open:
+                transfer.end(Status.TIMED_OUT if late and self._open else Status.FAILED)
+                return
+            transfer.sending = True
+        wire.go_on = until(transfer.deadline_s, lambda: not transfer.cancelled)
         try:
             answers = _ask(wire, transfer)
         except Stopped:
@@ -124,14 +142,16 @@ class Asking:
         else:
             transfer.end(Status.FAILED, answers)
 
-    def _ready(self, transfer: Transfer) -> Wire:
+    def _ready(self, transfer: Transfer) -> Wire | None:
+        """The lane, which is made as it is first needed; None when there is none."""
         if self._wire is None:
-            sock = self._connect(transfer.deadline_s)
+            limit_s = time.monotonic() + LANE_TIMEOUT_S
+            try:
+                sock = self._connect(min(transfer.deadline_s, limit_s))
+            except LMCacheError:
+                return None
             with self._changed:
                 self._wire = Wire(sock, lambda: None)
-                if not self._open:
-                    _shut(sock)
-                    raise BackendUnavailable("the peer is gone", op="transfer")
         return self._wire
 
     def _drop(self) -> None:

@@ -21,6 +21,7 @@ ANSWERS = (Status.OK, Status.REJECTED, Status.FAILED)
 SLICE_S = 0.05
 """How soon whoever waits for bytes looks whether it should go on."""
 MAX_VECTORS = 64
+NO_SPAN = (1 << 32) - 1
 DISCARD_BYTES = 1 << 16
 
 _HEAD = struct.Struct("<BxHIQ")

@@ -13,15 +13,17 @@ import msgspec
 from lmcache_core.cache import Cache, EmbeddedCache
 from lmcache_core.config import EngineConfig
 from lmcache_core.integrations.vllm.axes import page_axes
+from lmcache_core.integrations.vllm.disaggregation import Disaggregation
 from lmcache_core.integrations.vllm.geometry import Geometry, Group
 from lmcache_core.integrations.vllm.identity import engine_namespace
 from lmcache_core.integrations.vllm.scheduler import Scheduler
 from lmcache_core.integrations.vllm.worker import Worker
 from lmcache_core.keys import Namespace
 from lmcache_core.logs import logger
-from lmcache_core.opening import open_chunks
+from lmcache_core.opening import open_chunks, transport_of
 from lmcache_core.sdk import ConfigError
 from lmcache_core.settings import load_config
+from lmcache_core.transport.transport import Transport
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 
 PREFAULT_LIMIT_S = 60.0
+ROLES = ("kv_both", "kv_producer", "kv_consumer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,11 @@ def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
     config = load_config(transfer.kv_connector_extra_config)
+    if transfer.kv_role != "kv_both" and not config.channel:
+        raise ConfigError(
+            f"kv_role is {transfer.kv_role}, but the engine has no channel",
+            hint="give channel: tcp://127.0.0.1:7001 and channel_token_file, or kv_role kv_both",
+        )
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     step = math.lcm(
         *(spec.block_size for spec in specs), kv_cache_config.cache_hit_alignment_tokens or 1
@@ -93,14 +101,14 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
 
     Raises:
         ConfigError: a kind of attention state other than full, sliding-window and MLA,
-            context parallelism, an encoder, draft layers, or a role other than ``kv_both``.
+            context parallelism, an encoder, draft layers, or an unknown role.
     """
     reason = _why_not(vllm_config, kv_cache_config)
     if reason:
         raise ConfigError(
             f"LMCacheCoreConnector can't cache this engine exactly: {reason}",
             hint="served are decoders with full, sliding-window or MLA attention and kv_role "
-            "kv_both; remove --kv-transfer-config to run without the connector",
+            "kv_both, kv_producer or kv_consumer; remove --kv-transfer-config to run without it",
         )
 
 
@@ -132,7 +140,7 @@ def _why_not(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
         return "the model mixes kinds of attention over pipeline stages"
     if getattr(parallel, "nnodes_within_dp", 1) > 1:
         return f"its workers are spread over {parallel.nnodes_within_dp} hosts"
-    if transfer is not None and transfer.kv_role != "kv_both":
+    if transfer is not None and transfer.kv_role not in ROLES:
         return f"kv_role is {transfer.kv_role}"
     return ""
 
@@ -147,7 +155,17 @@ def build_scheduler(
     def identify() -> None:
         found.append(engine_namespace(vllm_config, kv_cache_config))
 
+    def identity() -> dict[str, str]:
+        return {
+            "chunk_size": str(plan.config.chunk_size),
+            "parts (TP and PP ranks whose bytes differ)": str(plan.geometry.parts),
+            "pages": ",".join(layout.fingerprint.hex()[:12] for layout in layouts),
+            "hash_algorithm": plan.config.hash_algorithm,
+            "model, weights and engine": found[0].tag.hex(),
+        }
+
     cache: Cache
+    transport: Transport | None = None
     if plan.config.node:
         from lmcache_core.node.client import connect
 
@@ -155,7 +173,8 @@ def build_scheduler(
         cache = connect(plan.config, layouts)
     else:
         # The weights are hashed while the arena is being prefaulted.
-        engine = open_chunks(plan.config, layouts=layouts, meanwhile=identify)
+        engine = open_chunks(plan.config, layouts=layouts, meanwhile=identify, identity=identity)
+        transport = transport_of(engine)
         if plan.config.prefault:
             # Page faults in the first requests would cost more than they do now.
             engine.host.arena.wait_prefaulted(PREFAULT_LIMIT_S)
@@ -170,7 +189,22 @@ def build_scheduler(
     )
     wanted = vllm_config.kv_events_config
     events = wanted is not None and wanted.enable_kv_cache_events
-    return Scheduler(cache, namespace=found[0], geometry=plan.geometry, events=events)
+    assert vllm_config.kv_transfer_config is not None
+    role = vllm_config.kv_transfer_config.kv_role
+    disaggregation = Disaggregation(
+        cache,
+        transport,
+        plan.geometry,
+        may_prefill=role != "kv_consumer",
+        may_decode=role != "kv_producer",
+    )
+    return Scheduler(
+        cache,
+        namespace=found[0],
+        geometry=plan.geometry,
+        events=events,
+        disaggregation=disaggregation,
+    )
 
 
 def build_worker(plan: Plan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Worker:

@@ -39,6 +39,8 @@ class Tracked:
             the tokens of the prompt that end with its last whole block.
         offered: chunks looked at for storing, from the start.
         frozen: caches nothing more (its pages predate a reset).
+        exact: the prompt's last chunk counts to its last token, for another engine.
+        elsewhere: it is computed by another engine: all of the prompt may be loaded.
         load_failed: a load failed, so it is prefilled and not offered another.
         cached_tokens: loaded for it, by tier.
     """
@@ -56,6 +58,8 @@ class Tracked:
     tail_offered: bool = False
     offered: int = 0
     parked: bool = False
+    exact: bool = False
+    elsewhere: bool = False
     frozen: bool = False
     load_failed: bool = False
     cached_tokens: dict[str, int] = field(default_factory=dict)
@@ -109,12 +113,16 @@ class Lookups:
         """Host memory that prefixes of requests which wait for their turn may hold."""
         return self._ahead_bytes
 
+    def track(self, request: Request) -> Tracked | None:
+        """The live request; None when it may not be cached."""
+        return self._track(request)
+
     def arrived(self, request: Request) -> None:
         """A request came: its prefix starts to move to host while it waits for its turn."""
         tracked = self._track(request)
         if tracked is None or request.skip_reading_prefix_cache or tracked.match is not None:
             return
-        usable = self._usable(request)
+        usable = self._usable(tracked)
         self.extend_keys(tracked)
         ahead_bytes = -(-usable // self._chunk_size) * self._slot_bytes
         if not usable or self._ahead_bytes + ahead_bytes > self._max_ahead_bytes:
@@ -132,7 +140,7 @@ class Lookups:
         if tracked.frozen or tracked.load_failed:
             return 0
         tracked.asked_s = tracked.asked_s or self._cache.now_s()
-        usable = self._usable(request)
+        usable = self._usable(tracked)
         if computed >= usable:
             self.release(tracked)
             return 0
@@ -192,7 +200,7 @@ class Lookups:
             tracked.digests = tracked.hasher.extend(tracked.digests, tokens)
             tracked.keys += [self._key(tracked, digest) for digest in tracked.digests[before:]]
             self._on_keys(tracked, before)
-        if self._store_partial:
+        if self._store_partial or tracked.exact:
             self._find_tail(tracked)
 
     def note_hits(self, tracked: Tracked, match: Match, n: int) -> None:
@@ -238,7 +246,8 @@ class Lookups:
         return self._hashers[namespace.tag]
 
     def _find_tail(self, tracked: Tracked) -> None:
-        prompt, step = tracked.request.num_prompt_tokens, self._geometry.hit_step
+        prompt = tracked.request.num_prompt_tokens
+        step = 1 if tracked.exact else self._geometry.hit_step
         whole, end = prompt // self._chunk_size, prompt // step * step
         if len(tracked.keys) > whole or end == whole * self._chunk_size:
             tracked.tail = None
@@ -248,8 +257,12 @@ class Lookups:
             tracked.tail = self._key(tracked, tracked.hasher.partial(previous, tokens))
             tracked.tail_end = end
 
-    def _usable(self, request: Request) -> int:
-        """Tokens that a load may bring: whole steps, and at least one is left to compute."""
+    def _usable(self, tracked: Tracked) -> int:
+        """Tokens that a load may bring: whole steps, and at least one is left to compute.  Of a
+        prompt that another engine computes, all: vLLM computes the last token again."""
+        request = tracked.request
+        if tracked.elsewhere and tracked.exact and request.num_tokens == request.num_prompt_tokens:
+            return request.num_tokens
         return (request.num_tokens - 1) // self._geometry.hit_step * self._geometry.hit_step
 
     def _start(self, tracked: Tracked, usable: int, computed: int) -> Match:

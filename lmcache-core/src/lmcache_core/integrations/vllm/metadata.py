@@ -53,12 +53,14 @@ class StepMetadata(KVConnectorMetadata):
         arena: the host tier's memory, to be mapped once.
         loads, stores: what to move.
         fence: pages that this step may overwrite; stores that still read them end first.
+        await_stores: another engine waits for what this step stores.
     """
 
     arena: ArenaHandle
     loads: list[Job] = field(default_factory=list)
     stores: list[Job] = field(default_factory=list)
     fence: frozenset[int] = frozenset()
+    await_stores: bool = False
 
 
 @dataclass

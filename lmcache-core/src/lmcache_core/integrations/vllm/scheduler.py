@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmcache_core.cache import Cache
+from lmcache_core.integrations.vllm.disaggregation import Disaggregation
 from lmcache_core.integrations.vllm.geometry import Geometry
 from lmcache_core.integrations.vllm.lookups import Lookups
 from lmcache_core.integrations.vllm.matches import Match
@@ -40,10 +41,17 @@ class Scheduler:
         cache: owned; closed by `close`.
         namespace: of the engine.
         events: collect KV cache events for `take_events`.
+        disaggregation: prompts that go to or come from other engines; None without a channel.
     """
 
     def __init__(
-        self, cache: Cache, *, namespace: Namespace, geometry: Geometry, events: bool = False
+        self,
+        cache: Cache,
+        *,
+        namespace: Namespace,
+        geometry: Geometry,
+        events: bool = False,
+        disaggregation: Disaggregation | None = None,
     ) -> None:
         self.cache = cache
         self._namespace = namespace
@@ -58,6 +66,9 @@ class Scheduler:
         self._deltas = Deltas(cache.metrics)
         self._job_id: Callable[[], int] = partial(next, itertools.count(1))
         self._stores = Stores(cache, geometry, self._lookups, self._job_id)
+        self._transfers = disaggregation or Disaggregation(
+            cache, None, geometry, may_prefill=False, may_decode=False
+        )
         self._loading: dict[int, tuple[str, Match]] = {}
         self._new_loads: list[Job] = []
         self._reports = WorkerMetadata()
@@ -66,17 +77,30 @@ class Scheduler:
     def arrived(self, request: Request) -> None:
         """A request came: its prefix starts to move to host while it waits for its turn."""
         self.cache.poll()
-        self._lookups.arrived(request)
+        wish = self._transfers.wish(request)
+        tracked = self._lookups.track(request) if wish is not None else None
+        if wish is not None and tracked is not None:
+            tracked.exact = self._transfers.exact_tail
+            tracked.elsewhere = not wish.prefill
+            self._lookups.extend_keys(tracked)
+            self._transfers.start(tracked, wish)
+        if not self._transfers.expects(request.request_id):
+            self._lookups.arrived(request)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """How many tokens after ``computed`` can be loaded; None asks again later."""
         self.cache.poll()
+        if self._transfers.waits(request.request_id):
+            return None, False
         matched = self._lookups.matched(request, computed)
+        if matched == 0:
+            self._transfers.taken(request.request_id)
         if not matched:
             return matched, False
         mode = self.cache.config.load
         tracked = self._lookups.live[request.request_id]
         tracked.parked = mode == "async" or (mode == "auto" and bool(self._running))
+        tracked.parked |= self._transfers.expects(request.request_id)
         if len(self._geometry.groups) > 1:
             # Only a parked load can be reported as failed when there are several block tables.
             tracked.parked = True
@@ -88,6 +112,7 @@ class Scheduler:
         if tracked is None or tracked.match is None:
             return
         match = self._lookups.take(tracked)
+        self._transfers.taken(request.request_id)
         if not matched:
             match.release()
             return
@@ -109,10 +134,18 @@ class Scheduler:
         for req_id, scheduled in output.num_scheduled_tokens.items():
             processed[req_id] += scheduled
         stores = self._stores.plan(processed, lambda req_id: _tables(output, req_id))
-        meta = StepMetadata(self.cache.handle, loads=self._new_loads, stores=stores, fence=fence)
+        meta = StepMetadata(
+            self.cache.handle,
+            loads=self._new_loads,
+            stores=stores,
+            fence=fence,
+            await_stores=self._transfers.pushing,
+        )
         self._new_loads = []
         self._running = set(output.num_scheduled_tokens)
-        if not output.total_num_scheduled_tokens and self._lookups.waiting:
+        if not output.total_num_scheduled_tokens and (
+            self._lookups.waiting or self._transfers.busy
+        ):
             # An empty step would spin and keep the I/O threads from the interpreter.
             self.cache.wait(IDLE_WAIT_S)
         return meta
@@ -136,10 +169,14 @@ class Scheduler:
     def finished(self, request: Request) -> dict[str, Any] | None:
         """The request ended or was aborted; what its response says about us."""
         self._running.discard(request.request_id)
+        transfer = self._transfers.finished(request.request_id)
         tracked = self._lookups.finished(request.request_id)
         if tracked is None:
             return None
-        return {"lmcache": {"cached_tokens": dict(tracked.cached_tokens)}}
+        told: dict[str, Any] = {"cached_tokens": dict(tracked.cached_tokens)}
+        if transfer is not None:
+            told["transfer"] = transfer
+        return {"lmcache": told}
 
     def stats(self) -> Recent:
         """What was counted since the last call."""
@@ -205,7 +242,7 @@ class Scheduler:
                 for group, at in zip(kind.groups, kind.offsets):
                     stored = group.stored_range(chunk)
                     start = max(stored.start, match.computed // group.block_size)
-                    stop = min(stored.stop, end // group.block_size)
+                    stop = min(stored.stop, -(-end // group.block_size))
                     table = tables[group.index]
                     if group.window is not None:
                         start = next((i for i in range(start, stop) if table[i]), stop)

@@ -178,7 +178,7 @@ class Stores:
         for group, at in zip(kind.groups, kind.offsets):
             blocks = group.stored_range(candidate.chunk)
             if candidate.tail:
-                end = candidate.tracked.tail_end // group.block_size
+                end = -(-candidate.tracked.tail_end // group.block_size)
                 blocks = range(blocks.start, end)
             ids = candidate.tables[group.index][blocks.start : blocks.stop]
             yield Span(slot.offset, at, group.index, 0, tuple(ids))

@@ -6,6 +6,7 @@ step may overwrite ends there; a load is reported only when its last copy has re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 RELEASE_TIMEOUT_S = 5.0
+POLL_S = 0.0002
 
 
 class Worker:
@@ -53,6 +55,7 @@ class Worker:
         self._attached: Attached | None = None
         self._mover: Mover | None = None
         self._on_device = False
+        self._await_stores = False
         self._stores: dict[int, tuple[Copy, frozenset[int]]] = {}
         self._loads: dict[int, tuple[Job, Copy]] = {}
         self._finished: set[str] = set()
@@ -83,6 +86,7 @@ class Worker:
         """Before the forward: end stores whose pages are about to be overwritten."""
         if meta.arena != self._handle and (meta.loads or meta.stores):
             self._attach(meta.arena)
+        self._await_stores = meta.await_stores
         if meta.fence:
             for copy, blocks in self._stores.values():
                 if not blocks.isdisjoint(meta.fence):
@@ -128,6 +132,8 @@ class Worker:
 
     def report(self) -> WorkerMetadata | None:
         """Jobs that ended since the last call."""
+        if self._await_stores:
+            self._wait_for_stores()
         for job_id, (copy, _) in list(self._stores.items()):
             if copy.done():
                 del self._stores[job_id]
@@ -146,6 +152,15 @@ class Worker:
         if self._mover is not None:
             self._mover.close()
         self._detach()
+
+    def _wait_for_stores(self) -> None:
+        """A decoder waits for them: told now, they leave a whole step earlier."""
+        end_s = time.monotonic() + self._config.push_wait_s
+        while not all(copy.done() for copy, _ in self._stores.values()):
+            if time.monotonic() >= end_s:
+                self._metrics.counter("copy.not_awaited").inc()
+                return
+            time.sleep(POLL_S)
 
     def _attach(self, handle: ArenaHandle) -> None:
         """Map another arena: the first one, or that of a cache which came back.  Copies in the
