@@ -168,18 +168,6 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         _require_positive(self, "transfer_threads", "max_transfers")
         _require_duration(self, "peer_deadline_s", "transfer_deadline_s")
         _require_duration(self, "lend_lease_s", "push_wait_s")
-        if self.peers and not self.channel:
-            raise ConfigError("peers without a channel", hint="channel: tcp://127.0.0.1:0")
-        if self.channel and not self.channel_token_file:
-            raise ConfigError(
-                "a channel without channel_token_file",
-                hint="lmc token FILE makes one; every engine gets the same",
-            )
-        if self.channel and self.node:
-            raise ConfigError(
-                "a channel needs the cache in the engine's own process, node names another",
-                hint="remove node, or channel",
-            )
 
 
 def _require_positive(config: object, *names: str) -> None:

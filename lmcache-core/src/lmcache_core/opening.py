@@ -177,7 +177,14 @@ def _open_hub(
     released: Callable[[ReleaseToken], None],
 ) -> Hub | None:
     if not config.channel:
+        if config.peers:
+            raise ConfigError("peers without a channel", hint="channel: tcp://127.0.0.1:0")
         return None
+    if not config.channel_token_file:
+        raise ConfigError(
+            "a channel without channel_token_file",
+            hint="lmc token FILE makes one; every engine gets the same",
+        )
     hub = Hub(
         config.channel,
         secret=read_secret(config.channel_token_file),

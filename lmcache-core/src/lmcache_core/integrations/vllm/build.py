@@ -57,6 +57,11 @@ def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
             f"kv_role is {transfer.kv_role}, but the engine has no channel",
             hint="give channel: tcp://127.0.0.1:7001 and channel_token_file, or kv_role kv_both",
         )
+    if config.channel and config.node:
+        raise ConfigError(
+            "a channel needs the cache in the engine's own process, and node names another",
+            hint="remove node, or channel",
+        )
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     step = math.lcm(
         *(spec.block_size for spec in specs), kv_cache_config.cache_hit_alignment_tokens or 1

@@ -169,6 +169,7 @@ class Scheduler:
     def finished(self, request: Request) -> dict[str, Any] | None:
         """The request ended or was aborted; what its response says about us."""
         self._running.discard(request.request_id)
+        self.cache.poll()
         transfer = self._transfers.finished(request.request_id)
         tracked = self._lookups.finished(request.request_id)
         if tracked is None:
