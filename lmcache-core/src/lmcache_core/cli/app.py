@@ -15,6 +15,8 @@ from lmcache_core.cli.codec import codec_app
 from lmcache_core.cli.config import key_rows, key_table, setting_rows, settings_from
 from lmcache_core.cli.doctor import examine
 from lmcache_core.cli.init import render, write
+from lmcache_core.cli.pd_proxy import EPILOG as PD_PROXY_EPILOG
+from lmcache_core.cli.pd_proxy import pd_proxy
 from lmcache_core.cli.serve import Serving, node_status, serve_node
 from lmcache_core.cli.show import Json, fail, show_rows
 from lmcache_core.sdk import LMCacheError
@@ -27,6 +29,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(codec_app, name="codec")
+app.command("pd-proxy", epilog=PD_PROXY_EPILOG)(pd_proxy)
 
 
 @app.command(epilog="Examples:  lmc backends   |   lmc backends --json | jq '.[].scheme'")

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from lmcache_core.chunks import ChunkEngine
 from lmcache_core.envelope import Verdict, stored_bytes, verify
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.logs import EventLog
-from lmcache_core.sdk import Access, BackendUnavailable, Grant, OpContext, Status
+from lmcache_core.sdk import Access, BackendClosed, BackendUnavailable, Grant, OpContext, Status
 from lmcache_core.tiers.host import HostChunk
 from lmcache_core.transfer.executor import Executor, Lane
 from lmcache_core.transport.hub import Hub
@@ -30,8 +30,10 @@ from lmcache_core.transport.messages import (
 )
 
 REVOKE_TIMEOUT_S = 1.0
-MAX_EARLY = 1024
-"""Prefillers that spoke before their request came here."""
+MAX_REMEMBERED = 1024
+"""Prefillers that spoke before their request came here, and transfers that are over."""
+
+T = TypeVar("T")
 
 
 class Missing(NamedTuple):
@@ -93,6 +95,7 @@ class Receiver:
         self._bytes = 0
         self._live: dict[str, Expected] = {}
         self._early: dict[str, tuple[str, Ready]] = {}
+        self._over: dict[str, None] = {}
         self._log = EventLog(engine.now_s)
         post = engine.runtime.completions.post
         hub.on(Ready, lambda peer, message: post(partial(self._ready, peer, message)))
@@ -180,11 +183,9 @@ class Receiver:
             self._hub.send(peer, Refuse(transfer=message.transfer, reason=reason))
             if expected is not None and not expected.peer:
                 self._finish(expected, "refused")
-        elif expected is None:
-            while len(self._early) >= MAX_EARLY:
-                del self._early[next(iter(self._early))]
-            self._early[message.transfer] = (peer, message)
-        elif expected.peer or expected.done:
+        elif expected is None and message.transfer not in self._over:
+            _keep(self._early, message.transfer, (peer, message))
+        elif expected is None or expected.peer or expected.done:
             self._hub.send(peer, Refuse(transfer=message.transfer, reason="it has ended"))
         else:
             self._offer(expected, peer)
@@ -331,12 +332,18 @@ class Receiver:
         self._forget(expected)
 
     def _forget(self, expected: Expected) -> None:
-        if expected.done and not expected.settling:
-            self._live.pop(expected.transfer, None)
+        over = expected.done and not expected.settling
+        if over and self._live.pop(expected.transfer, None) is not None:
+            # A prefiller that only comes now must not wait for it.
+            _keep(self._over, expected.transfer, None)
 
     def _revoke(self, grant: Grant) -> Status:
         ctx = OpContext(deadline_s=self._engine.now_s() + REVOKE_TIMEOUT_S)
-        return self._hub.channel.revoke(grant, ctx)
+        try:
+            return self._hub.channel.revoke(grant, ctx)
+        except BackendClosed:
+            # A close that did not wait for us: nobody says that the slot is free.
+            return Status.ABANDONED
 
     def _job(self, work: Callable[[], None]) -> None:
         if not self._executor.submit(work, Lane.LOAD):
@@ -349,3 +356,10 @@ class Receiver:
 
     def _count(self, name: str) -> None:
         self._engine.metrics.counter(f"receive.{name}").inc()
+
+
+def _keep(table: dict[str, T], name: str, value: T) -> None:
+    """Put it in; what has been there longest leaves when there is no room."""
+    while len(table) >= MAX_REMEMBERED:
+        del table[next(iter(table))]
+    table[name] = value

@@ -12,6 +12,7 @@ from lmcache_core.transport.push import Pusher
 from lmcache_core.transport.receive import Receiver
 
 EXECUTOR_TIMEOUT_S = 1.0
+SETTLE_TIMEOUT_S = 1.5
 
 
 class Transport:
@@ -19,13 +20,14 @@ class Transport:
 
     Attributes:
         address: where peers reach this engine.
-        receiver, pusher, lender: see there.
+        hub, receiver, pusher, lender: see there.
     """
 
     def __init__(
         self, engine: ChunkEngine, hub: Hub, config: EngineConfig, *, identity: Mapping[str, str]
     ) -> None:
-        self._hub = hub
+        self._engine = engine
+        self.hub = hub
         self.address = hub.address
         half = engine.host.capacity_bytes // 2
         # What is served to others waits for nothing of ours, and the other way round.
@@ -68,5 +70,9 @@ class Transport:
         """End every transfer and connection, before the engine's tiers are closed."""
         self.pusher.close()
         self.receiver.close()
-        self._hub.close()
+        end_s = self._engine.now_s() + SETTLE_TIMEOUT_S
+        while self.receiver.busy and self._engine.now_s() < end_s:
+            self._engine.runtime.wait(0.01)
+            self._engine.runtime.completions.drain()
+        self.hub.close()
         return all([each.close(EXECUTOR_TIMEOUT_S) for each in (self._ours, self._theirs)])
