@@ -21,6 +21,8 @@ PACKAGES = (
 )  # fmt: skip
 TESTED_HERE = PACKAGES[:3]
 """The others' tests need their real library: session `stores`."""
+PROXY = ("starlette", "uvicorn", "httpx")
+"""The extra ``proxy`` of core."""
 STORES = ["redis", "mooncake", "infinistore", "gds", "nixl"]
 
 
@@ -42,7 +44,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def types(session: nox.Session) -> None:
     """mypy --strict on every src."""
-    install_local(session, "mypy", "types-PyYAML", "prometheus-client", packages=PACKAGES)
+    install_local(session, "mypy", "types-PyYAML", "prometheus-client", *PROXY, packages=PACKAGES)
     session.run("mypy", *(f"{package}/src" for package in PACKAGES))
     session.run("mypy", *(f"{source}/src" for source, _, _ in STRANGERS))
 
@@ -57,7 +59,8 @@ def imports(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def unit(session: nox.Session) -> None:
     """Unit, property, simulation, crash and conformance tests; no engine."""
-    install_local(session, "pytest", "hypothesis", "prometheus-client", "numba", "zstandard")
+    extras = ("prometheus-client", "numba", "zstandard", *PROXY)
+    install_local(session, "pytest", "hypothesis", *extras)
     session.run(
         "pytest", "--ignore=lmcache-core/tests/vllm", "-m", "not conformance", *session.posargs
     )
@@ -106,16 +109,25 @@ JUDGED = {
     "nixl-obj": ("nixl", ("core", "durable", "direct")),
 }
 """Backend -> the environment of tools/store_env.py, and the profiles that it must pass."""
+CHANNELS = {"memory": "tcp", "nixl": "nixl+ucx"}
+"""Backend -> the channel that is judged in the same environment."""
 
 
 @nox.session(python=False)
 @nox.parametrize("backend", list(JUDGED))
 def conformance(session: nox.Session, backend: str) -> None:
-    """Judge a backend from its wheel; `-- --full` for the long plan.  Writes build/certificates."""
+    """Judge a backend from its wheel, and its channel; `-- --full` for the long plan.  Writes
+    build/certificates."""
     from store_env import install
 
     store, profiles = JUDGED[backend]
-    judge(session, backend, *profiles, programs=install(store).parent)
+    programs = install(store).parent
+    judge(session, backend, *profiles, programs=programs)
+    if backend in CHANNELS:
+        scheme = CHANNELS[backend]
+        out = ROOT / "build" / "certificates" / f"channel-{scheme}.json"
+        run = (str(programs / "lmcache-conformance"), "channel", scheme, "--out", str(out))
+        session.run(*run, *(() if "--full" in session.posargs else ("--quick",)), external=True)
 
 
 @nox.session(python=PYTHON)

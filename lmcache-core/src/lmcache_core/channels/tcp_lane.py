@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lmcache_core.channels.tcp_wire import SLICE_S, WRITE, Request, Stopped, Wire, pack, until
+from lmcache_core.channels.tcp_wire import WRITE, Request, Stopped, Wire, pack, until
 from lmcache_core.sdk import Access, Grants, LMCacheError, Part, Status
 
 LANE_TIMEOUT_S = 5.0
@@ -219,11 +219,10 @@ class Answering:
             raise Stopped
 
     def _serve(self) -> None:
-        self._wire.sock.settimeout(None)
+        self._wire.idle()
         request = self._wire.request(
             max_pieces=self._max_pieces, max_message_bytes=self._max_message_bytes
         )
-        self._wire.sock.settimeout(SLICE_S)
         access = Access.WRITE if request.op == WRITE else Access.READ
         spans = self._grants.enter(request.grant, self._peer, access, request.parts)
         views = [
@@ -281,12 +280,7 @@ class Answering:
                 if not stay.live():
                     return taken
                 self._check_open()
-                try:
-                    got = self._wire.sock.recv_into(rest)
-                except TimeoutError:
-                    continue
-                if not got:
-                    raise ConnectionError("the peer ended the lane")
+                got = self._wire.take(rest)
                 taken += got
                 rest = rest[got:]
         return taken
@@ -307,7 +301,7 @@ class Answering:
                 self._check_open()
                 try:
                     rest = rest[wire.sock.send(rest) :]
-                except TimeoutError:
+                except BlockingIOError:
                     continue
         return statuses
 

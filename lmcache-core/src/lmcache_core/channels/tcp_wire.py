@@ -8,6 +8,7 @@ a grant may end meanwhile.  Bytes go between the socket and the memory that they
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import time
@@ -24,6 +25,7 @@ MAX_VECTORS = 64
 NO_SPAN = (1 << 32) - 1
 DISCARD_BYTES = 1 << 16
 
+_SLICE = struct.pack("@ll", 0, int(SLICE_S * 1e6))
 _HEAD = struct.Struct("<BxHIQ")
 _PART = struct.Struct("<IQQ")
 _TICKET = struct.Struct("<8sQ")
@@ -74,7 +76,30 @@ class Wire:
         self.sock = sock
         self.go_on = go_on
         self._scratch = memoryview(bytearray(DISCARD_BYTES))
-        sock.settimeout(SLICE_S)
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+        # The kernel ends a wait: a timeout of Python's would poll before every call.
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SLICE)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SLICE)
+
+    def idle(self) -> None:
+        """Return when something can be received, or the connection ended."""
+        self._readable.poll()
+
+    def take(self, view: memoryview) -> int:
+        """Receive into ``view``: all of it, or what comes in a slice of time.
+
+        Raises:
+            OSError: the connection ended.
+        """
+        try:
+            got = self.sock.recv_into(view, 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            return 0
+        if not got:
+            raise ConnectionError("the peer ended the lane")
+        return got
 
     def receive(self, nbytes: int) -> bytes:
         """So many bytes.
@@ -91,12 +116,12 @@ class Wire:
         left = [view for view in views if view.nbytes]
         while left:
             self.go_on()
+            if len(left) == 1:
+                left = _after(left, self.take(left[0]))
+                continue
             try:
-                if len(left) == 1:
-                    got = self.sock.recv_into(left[0])
-                else:
-                    got = self.sock.recvmsg_into(left[:MAX_VECTORS])[0]
-            except TimeoutError:
+                got = self.sock.recvmsg_into(left[:MAX_VECTORS], 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError:
                 continue
             if not got:
                 raise ConnectionError("the peer ended the lane")
@@ -106,13 +131,7 @@ class Wire:
         """Take so many bytes and keep none."""
         while nbytes:
             self.go_on()
-            try:
-                got = self.sock.recv_into(self._scratch[: min(nbytes, DISCARD_BYTES)])
-            except TimeoutError:
-                continue
-            if not got:
-                raise ConnectionError("the peer ended the lane")
-            nbytes -= got
+            nbytes -= self.take(self._scratch[: min(nbytes, DISCARD_BYTES)])
 
     def send(self, views: Sequence[memoryview | bytes]) -> None:
         """Send every view, in order."""
@@ -121,7 +140,7 @@ class Wire:
             self.go_on()
             try:
                 sent = self.sock.sendmsg(left[:MAX_VECTORS])
-            except TimeoutError:
+            except BlockingIOError:
                 continue
             left = _after(left, sent)
 
