@@ -246,7 +246,8 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def demo(session: nox.Session) -> None:
-    """`make demo TINY=1`, with the disk and with each store below host."""
+    """`make demo TINY=1`, with the disk and with each store below host; and `make demo PD=1`."""
+    session.run("make", "demo", "PD=1", external=True)
     session.run("make", "demo", "TINY=1", external=True)
     for store in STORES:
         session.run("make", "demo", "TINY=1", f"BACKEND={store}", external=True)
@@ -268,12 +269,16 @@ def bench(session: nox.Session) -> None:
     for store in STORES[1:]:
         figures = (str(install(store)), f"benchmarks/backend_{store}.py", *out)
         session.run(*figures, env=env, external=True)
+    nixl = str(install("nixl"))
+    session.run(nixl, "benchmarks/channel_nixl.py", *out, env=env, external=True,
+                success_codes=[0, -11])  # fmt: skip
+    session.run(python, "benchmarks/channel_tcp.py", *out, env=env, external=True)
     for tiny in ((), ("--tiny",)):
         session.run("python3.11", "tools/demo.py", "--model-only", *tiny, external=True)
     tiny_model = "build/models/tiny-llama"
     session.run(python, "benchmarks/stall.py", "--model", tiny_model, *out, env=env, external=True)
     model = "build/models/SmolLM2-135M-Instruct"
-    for name in ("ttft", "link"):
+    for name in ("ttft", "link", "pd"):
         figures = (python, f"benchmarks/{name}.py", "--model", model, *out)
         session.run(*figures, env=env, external=True)
 

@@ -1,6 +1,7 @@
 """`make demo`: environment, model, then `python -m lmcache_core.demo` in that environment.
 
-With a backend, a throw-away server of it runs beside the demo, or it gets an empty directory.
+With ``--pd`` one engine prefills and another decodes.  With a backend, a throw-away server of it
+runs beside the demo, or it gets an empty directory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import shutil
 import sys
 
-from vllm_env import BUILD, ROOT, WHEELS, fail, install, install_store, run
+from vllm_env import BUILD, ROOT, WHEELS, fail, install, install_nixl, install_store, run
 
 SERVED = ("redis", "mooncake", "infinistore")
 IN_FILES = {"gds": "gds", "nixl": "nixl+posix"}
@@ -31,6 +32,11 @@ def main() -> None:
         run(f"model {name}", [python, "-m", "lmcache_core.demo.models", str(model), *source])
     if "--model-only" in sys.argv:
         return
+    if "--pd" in sys.argv:
+        # Beside ours, vLLM's own NixlConnector.
+        install_store("nixl")
+        install_nixl()
+        os.execv(python, [python, "-m", "lmcache_core.demo.pd", "--model", str(model)])
     command = [python, "-m", "lmcache_core.demo", "--model", str(model), "--build", str(BUILD)]
     if backend != "file":
         install_store(backend)

@@ -107,6 +107,16 @@ def install_store(name: str) -> None:
     mark.write_text(wanted)
 
 
+def install_nixl() -> None:
+    """The name under which vLLM's own NixlConnector looks for the library; `install_store` has
+    brought the library itself."""
+    mark = VENV / "installed-nixl-name"
+    if not mark.exists():
+        pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
+        run("nixl's own name", [*pip, "nixl==1.5.1"])
+        mark.touch()
+
+
 def requirements(wheel: Path) -> list[str]:
     """What the wheel needs, without the torch family (its pin is met by the CPU build)."""
     with zipfile.ZipFile(wheel) as archive:

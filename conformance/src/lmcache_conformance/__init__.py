@@ -1,4 +1,4 @@
-"""Conformance suite for backends and codecs of lmcache-core."""
+"""Conformance suite for backends, channels and codecs of lmcache-core."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from lmcache_conformance.proxy import FaultProxy, Faults
 from lmcache_conformance.rig import within
 
 if TYPE_CHECKING:
+    from lmcache_conformance.channels.suite import ChannelConformance
     from lmcache_conformance.codecs.suite import CodecConformance
     from lmcache_conformance.suite import ConnectorConformance
 
 __all__ = [
+    "ChannelConformance",
     "CodecConformance",
     "ConnectorConformance",
     "FaultProxy",
@@ -40,6 +42,10 @@ def __getattr__(name: str) -> Any:
         from lmcache_conformance.suite import ConnectorConformance
 
         return ConnectorConformance
+    if name == "ChannelConformance":
+        from lmcache_conformance.channels.suite import ChannelConformance
+
+        return ChannelConformance
     if name == "CodecConformance":
         from lmcache_conformance.codecs.suite import CodecConformance
 

@@ -1,10 +1,15 @@
-"""``lmcache-conformance``: judge a backend, check and compare certificates, start a new backend."""
+"""``lmcache-conformance``: judge a backend, codec or channel, check and compare certificates, start
+a new backend."""
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlencode
 
 import typer
 from rich.console import Console
@@ -12,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lmcache_conformance import certificate, scaffold, waivers
+from lmcache_conformance.channels import CHANNEL_CHECKS, Source, judge_channel
+from lmcache_conformance.channels.judge import write as write_channel
 from lmcache_conformance.checks import CHECKS
 from lmcache_conformance.codecs import CODEC_CHECKS, judge_codec
 from lmcache_conformance.codecs.judge import write as write_codec
@@ -100,19 +107,49 @@ def codec(
         lmcache-conformance codec mine --seed 7 --json
     """
     console = Console(stderr=True)
-
-    def told(check: Check, result: Result) -> None:
-        text = f"[{_COLOURS[result.outcome]}]{result.outcome.value:8}[/] {check.id:4} {check.rule}"
-        console.print(text, highlight=False)
-        if result.outcome is Outcome.FAIL:
-            console.print(f"     found: {result.reason}", markup=False, highlight=False)
-            console.print(f"     fix:   {check.fix}", markup=False, highlight=False)
-
     with _errors():
         made = Codecs().get(name)
         made.prepare()
-        found = judge_codec(made, seed=seed, told=told)
+        found = judge_codec(made, seed=seed, told=partial(_tell, console))
     path = write_codec(found, report)
+    if as_json:
+        sys.stdout.write(path.read_text())
+    else:
+        console.print(f"{found.verdict}; certificate: {path}")
+    raise typer.Exit(found.verdict != Outcome.PASS.value)
+
+
+@app.command()
+def channel(
+    name: Annotated[str, typer.Argument(metavar="SCHEME_OR_URL", help="an installed channel")],
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, of the channel's URL; repeatable")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the certificate's file")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="shorten the long checks")] = False,
+    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the certificate")] = False,
+) -> None:
+    """Judge a transfer channel; the certificate goes to build/certificates unless told otherwise.
+
+    Examples:
+
+        lmcache-conformance channel tcp --quick
+
+        lmcache-conformance channel nixl+ucx://127.0.0.1 --option max_peers=8 --seed 7
+    """
+    console = Console(stderr=True)
+    pairs = [each.partition("=") for each in option or []]
+    if not all(equals for _, equals, _ in pairs):
+        raise typer.BadParameter("write --option NAME=VALUE")
+    url = name if "://" in name else f"{name}://127.0.0.1"
+    if pairs:
+        url += ("&" if "?" in url else "?") + urlencode([(key, text) for key, _, text in pairs])
+    with _errors():
+        told = partial(_tell, console)
+        found = judge_channel(Source(url), quick=quick, seed=seed, told=told)
+    target = out or Path("build/certificates") / f"channel-{found.scheme}.json"
+    path = write_channel(found, target)
     if as_json:
         sys.stdout.write(path.read_text())
     else:
@@ -159,7 +196,7 @@ def checks(as_markdown: Annotated[bool, typer.Option("--markdown")] = False) -> 
         typer.echo(scaffold.reference())
         return
     table = Table("id", "profile", "rule", "when it fails")
-    for check in (*CHECKS, *CODEC_CHECKS):
+    for check in (*CHECKS, *CODEC_CHECKS, *CHANNEL_CHECKS):
         table.add_row(check.id, check.profile.value, check.rule, check.fix)
     Console().print(table)
 
@@ -185,6 +222,17 @@ def backends() -> None:
     """List the installed harnesses."""
     for name, entry in sorted(harnesses().items()):
         typer.echo(f"{name:16} {entry.value}")
+
+
+def _tell(console: Console, check: Check, result: Result) -> None:
+    """One line for an answer, more when it is a FAIL."""
+    text = f"[{_COLOURS[result.outcome]}]{result.outcome.value:8}[/] {check.id:4} {check.rule}"
+    console.print(text, highlight=False)
+    if result.outcome is Outcome.FAIL:
+        console.print(f"     found: {result.reason}", markup=False, highlight=False)
+        console.print(f"     fix:   {check.fix}", markup=False, highlight=False)
+    elif result.reason:
+        console.print(f"     {result.reason}", markup=False, highlight=False)
 
 
 def _judge_all(judge: Judge, wanted: set[str], console: Console) -> list[Result]:
@@ -239,5 +287,19 @@ class _errors:
             raise typer.Exit(130)
 
 
+def main() -> None:
+    """The program.  NIXL 1.5.1 crashes when the interpreter takes UCX down, after everything is
+    written: with it loaded, the process ends without that."""
+    try:
+        app()
+    except SystemExit as ended:
+        if not any(name.startswith("nixl") for name in sys.modules):
+            raise
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else bool(ended.code))
+
+
 if __name__ == "__main__":
-    app()
+    main()

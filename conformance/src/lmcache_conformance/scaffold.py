@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lmcache_conformance.channels import CHANNEL_CHECKS
 from lmcache_conformance.checks import CHECKS
 from lmcache_conformance.codecs import CODEC_CHECKS
 from lmcache_core.sdk import ConfigError
@@ -15,7 +16,7 @@ _FAMILIES = {
     "E": "Keys", "F": "Concurrency and close", "G": "Ownership of memory", "H": "Faults",
     "I": "Durability", "J": "Capacity and leases", "K": "Like a dictionary", "L": "Leaks",
     "Z": "Zero copy, regions, submit", "P": "Performance (reported only)",
-    "X": "Codecs (a run of their own)",
+    "X": "Codecs (a run of their own)", "T": "Channels (a run of their own)",
 }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def reference() -> str:
     for family, title in _FAMILIES.items():
         lines += [f"### {family}: {title}", "", "| id | rule | profile | when it fails |"]
         lines += ["|---|---|---|---|"]
-        for check in (*CHECKS, *CODEC_CHECKS):
+        for check in (*CHECKS, *CODEC_CHECKS, *CHANNEL_CHECKS):
             if check.id[0] == family:
                 profile = check.profile.value + (", full plan only" if check.full_only else "")
                 cells = (check.id, check.rule, profile, check.fix)

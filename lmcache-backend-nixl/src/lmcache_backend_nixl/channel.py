@@ -212,7 +212,6 @@ class NixlChannel(TransferChannel):
         return self._start("READ", peer, grant, pieces, ctx, notification)
 
     def poll(self, transfer: int) -> list[Status] | None:
-        """Raises KeyError for a number that is unknown, or whose answers were given."""
         self._check("poll")
         return self._transfers.poll(transfer)
 

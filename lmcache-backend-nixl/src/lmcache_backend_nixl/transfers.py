@@ -15,7 +15,7 @@ from typing import Any
 
 from lmcache_backend_nixl.channel_wire import NOTIFY, POKE, QUIET, REVOKED, Identity, pack_number
 from lmcache_backend_nixl.ucx import Rows, State, UcxAgent
-from lmcache_core.sdk import Link, ReleaseToken, Status
+from lmcache_core.sdk import ContractViolation, Link, ReleaseToken, Status
 
 IDLE_TICK_S = 0.25
 """How often an idle channel looks after what is left."""
@@ -175,15 +175,13 @@ class Transfers:
         return number
 
     def poll(self, number: int) -> list[Status] | None:
-        """See `TransferChannel.poll`.
-
-        Raises:
-            KeyError: no such transfer, or its answers were given already.
-        """
+        """See `TransferChannel.poll`."""
         refused = self._refused.pop(number, None)
         if refused is not None:
             return refused
-        transfer = self._known[number]
+        transfer = self._known.get(number)
+        if transfer is None:
+            raise ContractViolation(f"no transfer {number}", backend="nixl+ucx", op="poll")
         # The thread, or somebody who posts, has it: what is new is seen at the next call.
         if transfer.answers is None and self._agent.lock.acquire(blocking=False):
             try:

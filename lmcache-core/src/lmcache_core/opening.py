@@ -28,11 +28,11 @@ from lmcache_core.sdk import (
     Region,
     ReleaseToken,
     RemoteConnector,
-    read_secret,
 )
 from lmcache_core.tiers.encoding import Encoding
 from lmcache_core.tiers.host import HostTier
 from lmcache_core.tiers.remote import RemoteTier
+from lmcache_core.tokens import read_token
 from lmcache_core.transfer.executor import Runtime
 from lmcache_core.transport.hub import Hub
 from lmcache_core.transport.peers import PeerConnector
@@ -187,7 +187,7 @@ def _open_hub(
         )
     hub = Hub(
         config.channel,
-        secret=read_secret(config.channel_token_file),
+        secret=read_token(config.channel_token_file).encode(),
         region=arena.region,
         metrics=metrics,
         released=released,

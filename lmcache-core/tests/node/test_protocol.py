@@ -31,9 +31,10 @@ from node_support import (
 from lmcache_core.cli.serve import node_status
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.node import connection, protocol, server
-from lmcache_core.node.address import Address, make_token, read_token
+from lmcache_core.node.address import Address
 from lmcache_core.node.protocol import VERSION, Frames, ProtocolError, frame
 from lmcache_core.sdk import BackendUnavailable, ConfigError
+from lmcache_core.tokens import make_token, read_token
 
 KEY, OTHER_KEY = keys_of("k", 2)
 

@@ -151,10 +151,15 @@ def served(app: Any, *, lifespan: Any = "off") -> Iterator[str]:
         listener.close()
 
 
+_TAKEN: list[socket.socket] = []
+
+
 def nowhere() -> str:
-    """A URL at which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+    """A URL at which nobody listens, and nobody else can: the port stays taken."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    _TAKEN.append(taken)
+    return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @contextlib.contextmanager

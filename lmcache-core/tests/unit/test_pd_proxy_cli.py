@@ -43,7 +43,7 @@ DECODE = ["--decode", "http://127.0.0.1:8200@tcp://127.0.0.1:7001"]
         ([*PREFILL, *DECODE, "--max-in-flight", "0"], "max_in_flight is 0", "1 or more"),
         ([*PREFILL, *DECODE, "--retry-s", "-1"], "retry_s is -1", "0 to 86400"),
         ([*PREFILL, *DECODE, "--host", "192.0.2.1"], "can't listen at 192.0.2.1", "--host"),
-        ([*PREFILL, *DECODE, "--token-file", "/nonexistent/t"], "can't be made", "--token-file"),
+        ([*PREFILL, *DECODE, "--token-file", "/nonexistent/t"], "can't be made", "of your own"),
     ],
 )
 def test_a_wrong_command_line_is_told_what_helps(

@@ -188,7 +188,7 @@ def test_remote_urls_become_tiers(tmp_path: Path, old: str, new: str) -> None:
         ({"chunk_size": "many"}, "int"),
         ({"remote_url": "redis://h:1", "remote_serde": "kivi"}, "no codec here"),
         ({"enable_blending": True}, "output"),
-        ({"enable_pd": True}, "transport"),
+        ({"enable_pd": True}, "pd-proxy"),
         ({"storage_plugins": ["mine"]}, "backend package"),
         ({"run_script_api_enabled": True}, "code"),
         ({"remote_config_url": "http://a"}, "network"),

@@ -25,6 +25,7 @@ class Transfer:
     deadline_s: float
     cancelled: bool = False
     sending: bool = False
+    left: list[memoryview] | None = None
     asking: Asking | None = None
     answers: list[Status] | None = None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -53,6 +54,7 @@ class Asking:
         self._running: Transfer | None = None
         self._changed = threading.Condition()
         self._open = True
+        self._waiting = False
         self._wire: Wire | None = None
         self._thread: threading.Thread | None = None
 
@@ -65,6 +67,10 @@ class Asking:
             if len(self._queue) + (self._running is not None) >= self._max_transfers:
                 transfer.end(Status.REJECTED)
                 return
+            if self._waiting and self._wire is not None and not self._queue:
+                # While our thread wakes up the peer has something to do.
+                transfer.sending = True
+                transfer.left = self._wire.send_some(_message(transfer))
             self._queue.append(transfer)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -75,10 +81,10 @@ class Asking:
         """Want it no more: at once where nothing of it was sent."""
         with self._changed:
             transfer.cancelled = True
+            if transfer.sending or transfer.answers is not None:
+                return
             if transfer in self._queue:
                 self._queue.remove(transfer)
-            elif transfer.sending or transfer.answers is not None:
-                return
             transfer.end(Status.TIMED_OUT)
 
     def cancel_all(self) -> list[Transfer]:
@@ -112,7 +118,9 @@ class Asking:
             with self._changed:
                 self._running = None
                 while self._open and not self._queue:
+                    self._waiting = True
                     self._changed.wait()
+                self._waiting = False
                 if not self._open:
                     break
                 transfer = self._running = self._queue.popleft()
@@ -125,7 +133,7 @@ class Asking:
             if transfer.answers is not None:
                 return
             late = time.monotonic() >= transfer.deadline_s
-            if wire is None or late or not self._open:
+            if wire is None or not self._open or (late and not transfer.sending):
                 transfer.end(Status.TIMED_OUT if late and self._open else Status.FAILED)
                 return
             transfer.sending = True
@@ -161,13 +169,17 @@ class Asking:
                 self._wire = None
 
 
+def _message(transfer: Transfer) -> list[memoryview | bytes]:
+    """Everything that is sent for it."""
+    head = pack(transfer.request)
+    return [head, *transfer.views] if transfer.request.op == WRITE else [head]
+
+
 def _ask(wire: Wire, transfer: Transfer) -> list[Status]:
-    request, views, count = transfer.request, transfer.views, len(transfer.views)
-    head = pack(request)
-    if request.op == WRITE:
-        wire.send([head, *views])
+    views, count = transfer.views, len(transfer.views)
+    wire.send(_message(transfer) if transfer.left is None else transfer.left)
+    if transfer.request.op == WRITE:
         return wire.answers(count)
-    wire.send([head])
     coming = wire.answers(count)
     wire.receive_into([view for view, status in zip(views, coming) if status is Status.OK])
     return wire.answers(count)

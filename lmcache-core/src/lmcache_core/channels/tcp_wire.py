@@ -133,6 +133,15 @@ class Wire:
             self.go_on()
             nbytes -= self.take(self._scratch[: min(nbytes, DISCARD_BYTES)])
 
+    def send_some(self, views: Sequence[memoryview | bytes]) -> list[memoryview]:
+        """Send what the system takes at once; returns what is left.  An error is left to `send`."""
+        left = [memoryview(view) for view in views if len(view)]
+        try:
+            sent = self.sock.sendmsg(left[:MAX_VECTORS], (), socket.MSG_DONTWAIT)
+        except OSError:
+            return left
+        return _after(left, sent)
+
     def send(self, views: Sequence[memoryview | bytes]) -> None:
         """Send every view, in order."""
         left = [memoryview(view) for view in views if len(view)]
@@ -161,9 +170,9 @@ class Wire:
         op, count, length, grant = _HEAD.unpack(self.receive(_HEAD.size))
         if op not in (WRITE, READ) or count > max_pieces or length > max_message_bytes:
             raise ConnectionError("a request that is none")
-        packed = self.receive(count * _PART.size)
-        parts = [Part(*_PART.unpack_from(packed, at * _PART.size)) for at in range(count)]
-        return Request(op, grant, parts, self.receive(length))
+        rest = self.receive(count * _PART.size + length)
+        parts = [Part(*_PART.unpack_from(rest, at * _PART.size)) for at in range(count)]
+        return Request(op, grant, parts, rest[count * _PART.size :])
 
     def answers(self, count: int) -> list[Status]:
         """One status a piece."""

@@ -20,6 +20,7 @@ from lmcache_core.cli.pd_proxy import pd_proxy
 from lmcache_core.cli.serve import Serving, node_status, serve_node
 from lmcache_core.cli.show import Json, fail, show_rows
 from lmcache_core.sdk import LMCacheError
+from lmcache_core.tokens import make_token
 
 app = typer.Typer(
     help="KV cache for LLM serving: look at backends and at this machine.",
@@ -171,3 +172,24 @@ def node(
     counters = status.pop("counters")
     both = [*status.items(), *counters.items()]
     show_rows([{"what": name, "value": value} for name, value in both], ["what", "value"], False)
+
+
+@app.command(epilog="Examples:  lmc token /run/lmcache/token   |   lmc token channel-token --json")
+def token(
+    file: Annotated[Path, typer.Argument(help="Is made, 0600, when it is not there.")],
+    as_json: Json = False,
+) -> None:
+    """Make a token file for engines that meet over a channel, or check the one that is there.
+
+    Every engine, node server and proxy that is to meet the others gets a copy.  The token itself is
+    not shown.
+    """
+    there = file.exists()
+    try:
+        make_token(str(file))
+    except LMCacheError as error:
+        fail(error)
+    if as_json:
+        typer.echo(json.dumps({"file": str(file), "made": not there}))
+    else:
+        typer.echo(f"{file}: {'is good' if there else 'made'}")

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lmcache_core.channels.registry import Channels
 from lmcache_core.cli.backends import backend_rows, missing_rows
 from lmcache_core.sdk import ConfigError
 
@@ -29,7 +30,7 @@ def examine(directory: Path) -> list[Row]:
         _huge_pages,
         lambda: _disk(directory),
     ]
-    return [*(check() for check in checks), *_backends()]
+    return [*(check() for check in checks), *_backends(), *_channels()]
 
 
 def _row(check: str, state: str, found: str, hint: str = "") -> Row:
@@ -113,3 +114,18 @@ def _backends() -> list[Row]:
     ]
     absent = [_row(row["schemes"], "absent", "not installed", row["install"]) for row in missing]
     return found + absent
+
+
+def _channels() -> list[Row]:
+    """One row a transfer channel that is installed."""
+    found = []
+    channels = Channels()
+    for scheme in channels.schemes():
+        try:
+            probe = channels.plugin(f"{scheme}://").probe()
+        except ConfigError as error:
+            found.append(_row(f"channel {scheme}://", "fail", error.message, error.hint))
+            continue
+        state = "ok" if probe.usable else "warn"
+        found.append(_row(f"channel {scheme}://", state, probe.reason, probe.hint))
+    return found

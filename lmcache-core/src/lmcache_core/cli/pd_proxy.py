@@ -15,9 +15,9 @@ import typer
 
 from lmcache_core.cli.show import fail
 from lmcache_core.config import parse_size
-from lmcache_core.node.address import make_token
 from lmcache_core.proxy import Engine, ProxyConfig
 from lmcache_core.sdk import ConfigError, LMCacheError
+from lmcache_core.tokens import make_token
 
 EPILOG = (
     "Examples:  lmc pd-proxy --prefill http://127.0.0.1:8100 "

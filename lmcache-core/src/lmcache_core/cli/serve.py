@@ -21,12 +21,13 @@ from lmcache_core.chunks import ChunkEngine
 from lmcache_core.config import EngineConfig
 from lmcache_core.metrics import Metrics
 from lmcache_core.node import protocol
-from lmcache_core.node.address import Address, Listener, default_path, listen, make_token
+from lmcache_core.node.address import Address, Listener, default_path, listen
 from lmcache_core.node.link import greet
 from lmcache_core.node.server import TICK_S, NodeServer
 from lmcache_core.node.wake import Wake
 from lmcache_core.opening import open_chunks
 from lmcache_core.sdk import BackendUnavailable, ConfigError
+from lmcache_core.tokens import make_token
 from lmcache_core.transfer.executor import Runtime
 
 _LOOPBACK = "127.0.0.1"

@@ -25,7 +25,11 @@ class Child:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {
+            "max_num_batched_tokens": STEP_TOKENS,
+            "enable_prefix_caching": False,
+            **order["options"],
+        }
         if order["connector"]:
             options["kv_transfer_config"] = KVTransferConfig(
                 kv_connector=order["connector"],
@@ -40,15 +44,14 @@ class Child:
             enforce_eager=True,
             max_model_len=4096,
             max_num_seqs=4,
-            max_num_batched_tokens=STEP_TOKENS,
-            enable_prefix_caching=False,
             seed=0,
             **options,
         )
+        self._llm = llm
         self.engine = llm.llm_engine
-        self.tokenizer = llm.get_tokenizer()
         self._scheduler = self.engine.engine_core.engine_core.scheduler
         self._told: dict[str, dict[str, Any]] = {}
+        self._unread = b""
         self._watch_scheduler()
 
     def facts(self) -> dict[str, Any]:
@@ -79,14 +82,17 @@ class Child:
         ready, _, _ = select.select([sys.stdin], [], [], timeout_s)
         if not ready:
             return []
-        line = sys.stdin.readline()
-        return [line or None]
+        # Not by `readline`, which takes more lines than it gives, unseen by `select`.
+        data = os.read(sys.stdin.fileno(), 1 << 16)
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        return [line.decode() for line in lines] if data else [None]
 
     def _start(self, order: dict[str, Any]) -> None:
         from vllm import SamplingParams
 
         if "abort" in order:
             self.engine.abort_request([order["abort"]])
+            self._told.pop(order["abort"], None)
             return
         if "metrics" in order:
             half = self._scheduler.connector.scheduler
@@ -99,7 +105,7 @@ class Child:
             ignore_eos=True,
             extra_args={"kv_transfer_params": order["params"]} if order["params"] else None,
         )
-        ids = order.get("ids") or self.tokenizer.encode(order["text"])
+        ids = order.get("ids") or self._llm.get_tokenizer().encode(order["text"])
         ids = ids[: order.get("first", len(ids))]
         self._told[name] = {
             "name": name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +32,13 @@ ENVIRONMENT = {
 
 
 class Engine:
-    """One process of `lmcache_core.demo.pd_child`; its log goes to a file."""
+    """One process of `lmcache_core.demo.pd_child`; its log goes to a file.
+
+    Args:
+        extra: of the connector's configuration.
+        options: of the `LLM`.
+        program: another than `pd_child`, that takes the same orders.
+    """
 
     def __init__(
         self,
@@ -40,9 +48,17 @@ class Engine:
         connector: str = "",
         role: str = "",
         extra: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+        program: Sequence[str] = ("-m", "lmcache_core.demo.pd_child"),
         side_port: int = 0,
     ) -> None:
-        order = {"model": model, "connector": connector, "role": role, "extra": extra or {}}
+        order = {
+            "model": model,
+            "connector": connector,
+            "role": role,
+            "extra": extra or {},
+            "options": options or {},
+        }
         environment = {**os.environ, **ENVIRONMENT}
         if side_port:
             environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_port)
@@ -50,7 +66,7 @@ class Engine:
         self.log = log
         self._file = log.open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lmcache_core.demo.pd_child", json.dumps(order)],
+            [sys.executable, *program, json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._file,
@@ -60,6 +76,7 @@ class Engine:
         )
         self._told: dict[str, dict[str, Any]] = {}
         self._facts: dict[str, Any] = {}
+        self._unread = b""
 
     @property
     def pid(self) -> int:
@@ -101,29 +118,42 @@ class Engine:
         """Send it a signal."""
         self._process.send_signal(number)
 
-    def close(self) -> None:
-        """End the process."""
+    def end(self) -> None:
+        """Have the process end, without waiting for it."""
         stdin: IO[str] | None = self._process.stdin
         if stdin is not None:
-            stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                stdin.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self.end()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(10)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         self._file.close()
 
     def _line(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        end_s = time.monotonic() + timeout_s
         while True:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, timeout_s))
+            while b"\n" in self._unread:
+                line, self._unread = self._unread.split(b"\n", 1)
+                if line.startswith(b"{"):
+                    return dict(json.loads(line))
+            # Not by `readline`, which takes more lines than it gives, unseen by `select`.
+            ready, _, _ = select.select([pipe], [], [], max(0.0, end_s - time.monotonic()))
             if not ready:
                 raise TimeoutError(f"no answer within {timeout_s:.0f} s; see {self.log}")
-            line = self._process.stdout.readline()
-            if not line:
+            data = os.read(pipe, 1 << 16)
+            if not data:
                 raise EOFError(f"the engine ended; see {self.log}")
-            if line.startswith("{"):
-                return dict(json.loads(line))
+            self._unread += data
 
 
 class Pair:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import socket
-import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ _MAX_PATH_BYTES = 107
 """Of a unix socket: sockaddr_un has no room for more."""
 _BACKLOG = 128
 _PEER = struct.Struct("3i")
-_MIN_TOKEN_CHARS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,53 +182,3 @@ def peer_uid(connection: socket.socket) -> int:
 def is_trusted(connection: socket.socket, uid_of: Callable[[socket.socket], int]) -> bool:
     """Whether a unix socket's other end is this user, or root."""
     return uid_of(connection) in (os.getuid(), 0)
-
-
-def read_token(file: str) -> str:
-    """The token in ``file``.
-
-    Raises:
-        ConfigError: it can't be read, others can, or it is too short.
-    """
-    try:
-        with open(file, encoding="utf-8") as opened:
-            found = os.fstat(opened.fileno())
-            if stat.S_IMODE(found.st_mode) & 0o077 or found.st_uid not in (os.getuid(), 0):
-                raise ConfigError(
-                    f"others can read the token file {file}", op="node", hint=f"chmod 600 {file}"
-                )
-            token = opened.read(4096).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the token file {file} can't be read: {error}",
-            op="node",
-            hint="name the file that lmc serve was given as --token-file",
-        ) from error
-    if len(token) < _MIN_TOKEN_CHARS:
-        raise ConfigError(
-            f"the token in {file} has less than {_MIN_TOKEN_CHARS} characters",
-            op="node",
-            hint="remove the file: lmc serve makes a new one",
-        )
-    return token
-
-
-def make_token(file: str) -> str:
-    """The token in ``file``, which is made, readable for this user only, when it is not there.
-
-    Raises:
-        ConfigError: see `read_token`; or it can't be made.
-    """
-    try:
-        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        return read_token(file)
-    except OSError as error:
-        raise ConfigError(
-            f"the token file {file} can't be made: {error.strerror}",
-            op="serve",
-            hint="give --token-file in a directory of your own",
-        ) from error
-    with os.fdopen(fd, "w", encoding="utf-8") as opened:
-        opened.write(secrets.token_hex(32) + "\n")
-    return read_token(file)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.node import protocol
-from lmcache_core.node.address import Address, read_token
+from lmcache_core.node.address import Address
 from lmcache_core.node.protocol import (
     Frames,
     FromClient,
@@ -22,6 +22,7 @@ from lmcache_core.node.protocol import (
     Welcome,
 )
 from lmcache_core.sdk import BackendUnavailable, ConfigError
+from lmcache_core.tokens import read_token
 
 MAX_UNSENT_BYTES = 16 << 20
 """What waits for a server that does not read; more, and the link is broken."""

@@ -58,7 +58,7 @@ from lmcache_core.sdk.errors import (
 from lmcache_core.sdk.fileops import FileEntry, FileOps, OsFileOps
 from lmcache_core.sdk.grants import Grants, Part
 from lmcache_core.sdk.guarded import GuardedLoop
-from lmcache_core.sdk.handshake import Introduction, read_secret
+from lmcache_core.sdk.handshake import Introduction
 from lmcache_core.sdk.hookspecs import (
     BackendHooks,
     BackendInfo,
@@ -156,7 +156,6 @@ __all__ = [
     "dial",
     "directory_of",
     "hookimpl",
-    "read_secret",
     "status_of_oserror",
     "writable",
 ]

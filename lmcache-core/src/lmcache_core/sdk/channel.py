@@ -138,7 +138,8 @@ class TransferChannel(ABC):
       the piece was touched.  TIMED_OUT, FAILED: the target's bytes of the piece are undefined,
       ``local`` is the caller's again.  ABANDONED: native code may still touch ``local``, until
       `ChannelHost.released` of its token.
-    - A deadline never raises, and no call but `connect`, `revoke`, `quiesce` and `close` waits.
+    - A deadline never raises, and no call but `connect`, `revoke`, `quiesce` and `close` waits for
+      a peer; `write` and `read` may move bytes before they return.
     - After `close`, or in a forked child: `BackendClosed`.
 
     Attributes:
@@ -172,8 +173,8 @@ class TransferChannel(ABC):
 
     @abstractmethod
     def disconnect(self, peer: str) -> None:
-        """End the connection; transfers end as FAILED, `ChannelHost.lost` is not called for it
-        here.  Grants stay to be revoked.  An unknown peer is fine."""
+        """End the connection; transfers end as FAILED or ABANDONED, `ChannelHost.lost` is not
+        called for it here.  Grants stay to be revoked.  An unknown peer is fine."""
 
     @abstractmethod
     def notify(self, peer: str, message: bytes) -> Status:
@@ -183,7 +184,7 @@ class TransferChannel(ABC):
 
     @abstractmethod
     def grant(self, peer: str, spans: Sequence[Buffer], *, access: Access, lease_s: float) -> Grant:
-        """Let ``peer`` write or read ``spans`` until ``lease_s`` from now.
+        """Let ``peer`` write or read ``spans`` until ``lease_s`` from now; a day at most is needed.
 
         Raises:
             ContractViolation: a span outside of every registered region, or over ``max_pieces``.
@@ -230,16 +231,22 @@ class TransferChannel(ABC):
     @abstractmethod
     def poll(self, transfer: int) -> list[Status] | None:
         """The answers once all pieces are decided, else None.  The number is forgotten with the
-        answers."""
+        answers.
+
+        Raises:
+            ContractViolation: no transfer of ours has the number.
+        """
 
     @abstractmethod
     def cancel(self, transfer: int) -> None:
-        """Want it no more: it ends soon, with the pieces that are not there TIMED_OUT."""
+        """Want it no more: it ends soon, with the pieces that are not there TIMED_OUT, or
+        ABANDONED where native code goes on.  A number that is forgotten is fine."""
 
     @abstractmethod
     def quiesce(self, peer: str, ctx: OpContext) -> Status:
         """End our transfers with ``peer`` and every grant that it holds, as `cancel` and
-        `revoke` do; both sides stay connected."""
+        `revoke` do; both sides stay connected.  ABANDONED when one of them could not be ended
+        before the deadline."""
 
     @abstractmethod
     def close(self) -> None:

@@ -32,7 +32,8 @@ class _Granted:
 
 
 class Grants:
-    """The side that owns the memory.  Thread-safe.
+    """The side that owns the memory, of a channel that checks every access itself (``guarded``).
+    Thread-safe.
 
     Args:
         clock: monotonic seconds.
@@ -103,12 +104,12 @@ class Grants:
                 del self._open[number]
                 return True
             one.idle.clear()
-        left = one.idle.wait(max(0.0, timeout_s))
+        one.idle.wait(max(0.0, timeout_s))
         with self._lock:
-            if left and not one.users:
-                self._open.pop(number, None)
-                return True
-        return False
+            if one.users:
+                return False
+            self._open.pop(number, None)
+            return True
 
     @staticmethod
     def _span(one: _Granted, part: Part) -> Buffer | None:

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 import socket
-import stat
 import struct
 import time
 from dataclasses import dataclass
 
 from lmcache_core.sdk.channel import PeerRefused
-from lmcache_core.sdk.errors import BackendUnavailable, ConfigError
+from lmcache_core.sdk.errors import BackendUnavailable
 
 MAX_HELLO_BYTES = 4096
-MIN_SECRET_BYTES = 16
 MAX_SCHEME_BYTES = 32
 
 _MAGIC = b"LMCCHAN\x01"
@@ -53,36 +50,6 @@ class Introduction:
     scheme: str
     version: tuple[int, int]
     hello: bytes = b""
-
-
-def read_secret(file: str) -> bytes:
-    """The token in ``file``, for `answer` and `ask`.
-
-    Raises:
-        ConfigError: it can't be read, others can read it too, or it has less than 16 bytes.
-    """
-    try:
-        with open(file, "rb") as opened:
-            if stat.S_IMODE(os.fstat(opened.fileno()).st_mode) & 0o077:
-                raise ConfigError(
-                    f"others can read the token file {file}",
-                    op="token",
-                    hint=f"chmod 600 {file}",
-                )
-            token = opened.read(4096).strip()
-    except OSError as error:
-        raise ConfigError(
-            f"the token file {file} can't be read: {error.strerror}",
-            op="token",
-            hint="lmc token FILE makes one; every engine gets the same",
-        ) from error
-    if len(token) < MIN_SECRET_BYTES:
-        raise ConfigError(
-            f"the token in {file} has less than {MIN_SECRET_BYTES} bytes",
-            op="token",
-            hint="lmc token FILE makes a good one",
-        )
-    return token
 
 
 def answer(

@@ -88,8 +88,10 @@ class Disaggregation:
 
     @property
     def exact_tail(self) -> bool:
-        """Whether the prompt's last block is moved too, though it is not full."""
-        return len(self._geometry.kinds) == 1 and not self._geometry.decode_only
+        """Whether the prompt's last chunk is moved too, though it is not full.  Not where a chunk
+        keeps only the pages that a hit at its end needs: one before it needs others."""
+        whole = all(g.stored_blocks == g.chunk_blocks for g in self._geometry.groups)
+        return whole and len(self._geometry.kinds) == 1 and not self._geometry.decode_only
 
     def wish(self, request: Request) -> Wish | None:
         """What ``request`` asks, when this engine can do it."""
@@ -159,10 +161,15 @@ class Disaggregation:
 
     def _missing(self, tracked: Tracked) -> list[Missing]:
         geometry = self._geometry
-        chunks = tracked.request.num_prompt_tokens // geometry.chunk_size
+        prompt = tracked.request.num_prompt_tokens
+        if not self.exact_tail:
+            # One token is left to compute, and windows are those before the hit's end.
+            prompt = (prompt - 1) // geometry.hit_step * geometry.hit_step
+        chunks = -(-prompt // geometry.chunk_size)
         keys = tracked.keys[:chunks]
-        if tracked.tail is not None:
+        if tracked.tail is not None and chunks > len(keys):
             keys = [*keys, tracked.tail]
+        chunks = len(keys)
         windows = geometry.tail_start(chunks) if len(geometry.kinds) > 1 else len(keys)
         found = []
         for chunk, key in enumerate(keys):
