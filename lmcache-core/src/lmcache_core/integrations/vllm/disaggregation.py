@@ -162,8 +162,8 @@ class Disaggregation:
     def _missing(self, tracked: Tracked) -> list[Missing]:
         geometry = self._geometry
         prompt = tracked.request.num_prompt_tokens
-        if not self.exact_tail:
-            # One token is left to compute, and windows are those before the hit's end.
+        if not self.exact_tail or prompt == 1:
+            # What a load may bring: windows are those before its end.
             prompt = (prompt - 1) // geometry.hit_step * geometry.hit_step
         chunks = -(-prompt // geometry.chunk_size)
         keys = tracked.keys[:chunks]

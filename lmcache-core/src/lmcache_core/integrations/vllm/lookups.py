@@ -259,9 +259,11 @@ class Lookups:
 
     def _usable(self, tracked: Tracked) -> int:
         """Tokens that a load may bring: whole steps, and at least one is left to compute.  Of a
-        prompt that another engine computes, all: vLLM computes the last token again."""
+        prompt that another engine computes, all: vLLM computes the last token again.  Not of one
+        token alone: with nothing before it vLLM would ask for it again, and again."""
         request = tracked.request
-        if tracked.elsewhere and tracked.exact and request.num_tokens == request.num_prompt_tokens:
+        all_of_it = tracked.elsewhere and tracked.exact and request.num_tokens > 1
+        if all_of_it and request.num_tokens == request.num_prompt_tokens:
             return request.num_tokens
         return (request.num_tokens - 1) // self._geometry.hit_step * self._geometry.hit_step
 
