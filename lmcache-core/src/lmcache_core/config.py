@@ -113,6 +113,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         peer_deadline_s: for one question to a peer, or one read of its chunks.
         transfer_deadline_s: how long a decoder waits for a prefiller before it computes the
             prompt itself.
+        transfer_start_s: how long it waits for a prefiller to say that it has the request.
         push_wait_s: how long a prefiller's step may wait for its page copies, so that a decoder
             gets them now and not after the next step.
         transfer_threads: threads that carry chunks to and from other engines.
@@ -153,6 +154,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     peers: tuple[str, ...] = ()
     peer_deadline_s: float = 1.0
     transfer_deadline_s: float = 30.0
+    transfer_start_s: float = 5.0
     push_wait_s: float = 0.02
     transfer_threads: int = 4
     max_transfers: int = 256
@@ -167,7 +169,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         _require_duration(self, "node_connect_timeout_s", "node_reply_timeout_s", "node_retry_s")
         _require_positive(self, "transfer_threads", "max_transfers")
         _require_duration(self, "peer_deadline_s", "transfer_deadline_s")
-        _require_duration(self, "lend_lease_s", "push_wait_s")
+        _require_duration(self, "lend_lease_s", "push_wait_s", "transfer_start_s")
 
 
 def _require_positive(config: object, *names: str) -> None:

@@ -160,6 +160,17 @@ def test_the_decoder_goes_on_at_its_deadline(token: Path) -> None:
         decoder.transport.receiver.release(expected)
 
 
+def test_a_prefiller_that_never_speaks_is_not_waited_for_long(token: Path) -> None:
+    with nodes(token, 1, transfer_start_s=0.2) as (decoder,):
+        started_s = time.monotonic()
+        expected = decoder.transport.receiver.expect("t", missing(2), deadline_s=soon_s(60))
+        assert expected is not None
+        until(lambda: expected.done, decoder)
+        assert 0.2 <= time.monotonic() - started_s < 0.5
+        assert expected.reason == "no_prefiller"
+        decoder.transport.receiver.release(expected)
+
+
 def test_an_aborted_request_stops_the_push(token: Path) -> None:
     with nodes(token) as (prefiller, decoder):
         expected = decoder.transport.receiver.expect("t", missing(8), deadline_s=soon_s(60))

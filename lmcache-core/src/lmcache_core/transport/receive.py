@@ -50,12 +50,14 @@ class Expected:
 
     Attributes:
         transfer: its name, known to both sides.
+        start_by_s: when a prefiller must have spoken.
         done: nothing more will come; what came is pinned until `Receiver.release`.
         reason: why it ended without everything, else "".
         received_bytes: payload that came.
     """
 
     transfer: str
+    start_by_s: float
     deadline_s: float
     done: bool = False
     reason: str = ""
@@ -76,6 +78,7 @@ class Receiver:
     Args:
         identity: what our chunks are, by field; a prefiller's must be equal.
         max_bytes: host memory that slots which are waited for may hold.
+        start_timeout_s: how long a prefiller may take until it speaks.
     """
 
     def __init__(
@@ -86,12 +89,14 @@ class Receiver:
         *,
         identity: Mapping[str, str],
         max_bytes: int,
+        start_timeout_s: float,
     ) -> None:
         self._engine = engine
         self._hub = hub
         self._executor = executor
         self._identity = dict(identity)
         self._max_bytes = max_bytes
+        self._start_timeout_s = start_timeout_s
         self._bytes = 0
         self._live: dict[str, Expected] = {}
         self._early: dict[str, tuple[str, Ready]] = {}
@@ -118,7 +123,8 @@ class Receiver:
         if transfer in self._live:
             self._count("duplicate")
             return None
-        expected = self._live[transfer] = Expected(transfer, deadline_s)
+        start_by_s = self._engine.now_s() + self._start_timeout_s
+        expected = self._live[transfer] = Expected(transfer, start_by_s, deadline_s)
         for key, parent, layout in missing:
             resident = self._engine.host.get(key)
             if resident is not None:
@@ -147,6 +153,8 @@ class Receiver:
         for expected in list(self._live.values()):
             if not expected.done and now_s >= expected.deadline_s:
                 self._finish(expected, "deadline")
+            elif not expected.done and not expected.peer and now_s >= expected.start_by_s:
+                self._finish(expected, "no_prefiller")
             elif expected.joined:
                 self._look(expected)
 

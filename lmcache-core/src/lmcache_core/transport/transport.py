@@ -43,6 +43,7 @@ class Transport:
             self._ours,
             identity=identity,
             max_bytes=config.max_expected_bytes or half,
+            start_timeout_s=config.transfer_start_s,
         )
         self.pusher = Pusher(
             engine, hub, self._ours, identity=identity, max_pushes=config.max_transfers

@@ -150,6 +150,11 @@ class Disaggregation:
         self._transport.pusher.computed(push)
         return told
 
+    def reset(self) -> None:
+        """What is expected belongs to weights that are no more."""
+        for req_id in self._expected:
+            self.taken(req_id)
+
     def _why_not(self, wish: Wish) -> str:
         if self._transport is None:
             return "this engine has no channel (channel: tcp://127.0.0.1:0)"

@@ -196,6 +196,7 @@ class Scheduler:
 
         Lower tiers keep what they have; nothing of it matches the new namespace.
         """
+        self._transfers.reset()
         self.cache.reset()
         self._lookups.reset(self._namespace.derive(weights_epoch=uuid.uuid4().hex))
         if self._events:
