@@ -6,6 +6,7 @@ have finished.  Nothing here waits for I/O, except `flush` and `close`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
@@ -22,6 +23,9 @@ from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.remote import RemoteTier
 from lmcache_core.tiers.stack import TierStack
 from lmcache_core.transfer.executor import Runtime
+
+MAX_EARLY = 1024
+"""Buffers that were released before their call's answer came; more would stay out of use."""
 
 
 class Part(Protocol):
@@ -80,6 +84,7 @@ class ChunkEngine:
         )
         self._lost: dict[int, HostChunk] = {}
         self._lent: dict[int, list[HostChunk]] = {}
+        self._released_early: deque[int] = deque(maxlen=MAX_EARLY)
         self._demoting = 0
         self._demoting_bytes = 0
         self.unstored = 0
@@ -188,12 +193,18 @@ class ChunkEngine:
 
     def hold(self, chunk: HostChunk) -> None:
         """Native code may still read the pinned ``chunk``: unpin it when it is `released`."""
-        self._lent.setdefault(chunk.offset, []).append(chunk)
+        if self._was_released(chunk.offset):
+            self.host.unpin(chunk)
+        else:
+            self._lent.setdefault(chunk.offset, []).append(chunk)
 
     def lose(self, chunk: HostChunk) -> None:
         """Native code may still write the slot: keep it out of use until it is `released`."""
         self.host.lose(chunk)
-        self._lost[chunk.offset] = chunk
+        if self._was_released(chunk.offset):
+            self.host.found(chunk)
+        else:
+            self._lost[chunk.offset] = chunk
 
     def recode(
         self,
@@ -256,13 +267,24 @@ class ChunkEngine:
         """A buffer answered ABANDONED can't be touched any more; from any thread."""
 
         def settle() -> None:
-            for lent in self._lent.pop(token, ()):
-                self.host.unpin(lent)
-            chunk = self._lost.pop(token, None)
-            if chunk is not None:
-                self.host.found(chunk)
+            lent = self._lent.get(token)
+            if lent:
+                self.host.unpin(lent.pop())
+                if not lent:
+                    del self._lent[token]
+            elif token in self._lost:
+                self.host.found(self._lost.pop(token))
+            else:
+                # Before we know that it was abandoned: the answer is still on its way.
+                self._released_early.append(token)
 
         self.runtime.completions.post(settle)
+
+    def _was_released(self, token: int) -> bool:
+        if token not in self._released_early:
+            return False
+        self._released_early.remove(token)
+        return True
 
     def _evicted(self, key: bytes) -> None:
         self.metrics.counter("host.evicted").inc()

@@ -386,3 +386,39 @@ def test_an_unusable_grant_is_a_lost_peer(token: Path) -> None:
             one.transport.hub.channel.grant("nobody", [buffer], access=Access.WRITE, lease_s=1)
         one.engine.abort([chunk])
         assert other.transport.address
+
+
+def test_a_release_may_come_before_the_answer_that_it_is_about(token: Path) -> None:
+    """Native code can end between a call's answer and our looking at it."""
+    with nodes(token, 1) as (node,):
+        engine = node.engine
+        node.store(0)
+        chunk = engine.host.get(key(0))
+        assert chunk is not None
+        for _ in range(2):
+            engine.host.pin(chunk)
+        engine.released(chunk.offset)
+        engine.poll()
+        engine.hold(chunk)
+        assert chunk.pins == 1
+        engine.hold(chunk)
+        assert chunk.pins == 1, "each of two holders is released by its own"
+        engine.released(chunk.offset)
+        engine.poll()
+        assert chunk.pins == 0
+        lost = engine.reserve_key(key(1), None, layout=LAYOUT)
+        assert lost is not None
+        engine.released(lost.offset)
+        engine.poll()
+        engine.lose(lost)
+        assert engine.host.lost_bytes == 0
+
+
+def test_what_is_joined_after_the_request_left_is_not_kept(token: Path) -> None:
+    with nodes(token, 1) as (decoder,):
+        receiver = decoder.transport.receiver
+        first = receiver.expect("a", missing(1), deadline_s=soon_s())
+        second = receiver.expect("b", missing(2), deadline_s=soon_s())
+        assert first is not None and second is not None
+        receiver.release(second)
+        receiver.release(first)

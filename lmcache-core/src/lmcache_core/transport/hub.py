@@ -125,10 +125,13 @@ class Hub:
 
     def send(self, peer: str, message: Message) -> bool:
         """Whether ``message`` is on its way."""
-        sent = self.channel.notify(peer, encode(message)) is Status.OK
-        if not sent:
+        status = self.channel.notify(peer, encode(message))
+        if status is not Status.OK:
             self._metrics.counter("channel.not_sent").inc()
-        return sent
+        if status is Status.FAILED:
+            # It may have gone before `reach` knew it.
+            self._forget(peer)
+        return status is Status.OK
 
     def call(self, peer: str, make: Callable[[int], Message], deadline_s: float) -> Have | Lent:
         """Send what ``make`` gives for a fresh number, and wait for the answer to it.
@@ -176,14 +179,17 @@ class Hub:
     def _lost(self, peer: str, why: str) -> None:
         self._metrics.counter("channel.lost").inc()
         self._log.warn("peer_lost", peer=peer, reason=repr(why))
-        with self._lock:
-            for address in [a for a, name in self._reached.items() if name == peer]:
-                del self._reached[address]
+        self._forget(peer)
         for answer in list(self._answers.values()):
             if answer.peer == peer:
                 answer.came.set()
         for handler in self._on_lost:
             handler(peer)
+
+    def _forget(self, peer: str) -> None:
+        with self._lock:
+            for address in [a for a, name in self._reached.items() if name == peer]:
+                del self._reached[address]
 
 
 class _Answer:

@@ -103,7 +103,7 @@ class Receiver:
         self._over: dict[str, None] = {}
         self._log = EventLog(engine.now_s)
         post = engine.runtime.completions.post
-        hub.on(Ready, lambda peer, message: post(partial(self._ready, peer, message)))
+        hub.on(Ready, self._spoke)
         hub.on(Pushed, lambda peer, message: post(partial(self._pushed, peer, message)))
         hub.on(End, lambda peer, message: post(partial(self._ended, peer, message)))
         hub.on_lost(lambda peer: post(partial(self._lost, peer)))
@@ -176,6 +176,14 @@ class Receiver:
         self._bytes += nbytes
         expected.writing[key] = slot
         return True
+
+    def _spoke(self, peer: str, message: Ready) -> None:
+        """In the channel's thread: an engine that stands idle is not polled, and a prefiller must
+        not wait for it."""
+        if message.transfer in self._over:
+            self._hub.send(peer, Refuse(transfer=message.transfer, reason="it has ended"))
+        else:
+            self._engine.runtime.completions.post(partial(self._ready, peer, message))
 
     def _ready(self, peer: str, message: Ready) -> None:
         differ = sorted(
@@ -291,6 +299,9 @@ class Receiver:
 
     def _look(self, expected: Expected) -> None:
         """End it when there is nothing left to wait for."""
+        if expected.done:
+            self._forget(expected)
+            return
         host = self._engine.host
         for key in list(expected.joined):
             resident = host.get(key)
@@ -300,8 +311,7 @@ class Receiver:
                 expected.joined.discard(key)
             elif key not in host and not self._engine.is_arriving(key):
                 expected.joined.discard(key)
-        if expected.done or expected.joined or expected.settling:
-            self._forget(expected)
+        if expected.joined or expected.settling:
             return
         if not expected.writing:
             self._finish(expected, "")
