@@ -171,7 +171,8 @@ class Engine(pd_pair.Engine):
 
         with contextlib.suppress(TimeoutError):
             until(quiet, limit_s=10)
-        assert {name: found[name] for name in wanted} == wanted
+        differ = {name: found[name] for name, value in wanted.items() if found[name] != value}
+        assert not differ, f"{self.log.name} still has {differ}"
         return found
 
     def counted(self, name: str) -> float:

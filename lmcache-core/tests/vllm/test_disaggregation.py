@@ -80,6 +80,19 @@ def test_the_decoder_computes_nothing_but_the_last_token_over_ucx(over_ucx: Pd) 
     several_lengths(over_ucx)
 
 
+def test_a_prompt_of_one_token_needs_nothing_from_elsewhere(pd: Pd) -> None:
+    """Nothing is left to load where the last token is computed again."""
+    ids = random_tokens(110, 1)
+    for _ in range(2):
+        _, decoded = pd.run(ids)
+        assert decoded["token_ids"] == pd.reference(ids)
+        assert transfer(decoded) == {"received_bytes": 0, "reason": ""}
+        assert waited_s(decoded) < SLACK_S
+    _, decoded = pd.run(ids * 2)
+    assert decoded["token_ids"] == pd.reference(ids * 2)
+    assert transfer(decoded) == {"received_bytes": moved(ids * 2), "reason": ""}
+
+
 def test_two_prompts_at_once(pd: Pd) -> None:
     prompts = [random_tokens(120 + i, 700) for i in range(2)]
     names = [pd.begin(ids) for ids in prompts]
@@ -114,6 +127,18 @@ def test_a_prefiller_that_never_comes_costs_the_deadline(pd: Pd) -> None:
     assert decoded["token_ids"] == pd.reference(ids)
     assert DEADLINE_S <= waited_s(decoded) < DEADLINE_S + SLACK_S
     assert transfer(decoded) == {"received_bytes": 0, "reason": "deadline"}
+
+
+def test_a_prefiller_that_comes_too_late_is_told_so(pd: Pd) -> None:
+    """Also by a decoder that stands idle since, and is not stepped."""
+    ids = random_tokens(145, 600)
+    with pd.decoder.waiting_at_most(0.05):
+        assert pd.decoder.run(ids, decode("too-late"))["token_ids"] == pd.reference(ids)
+    pd.decoder.assert_quiet()
+    pd.decoder.tell(pause=True)
+    told = pd.prefiller.run(ids, prefill("too-late", pd.decoder.address))
+    assert told["token_ids"] == pd.reference(ids)
+    pd.prefiller.assert_quiet()
 
 
 def test_a_decoder_that_is_not_there_costs_the_prefiller_nothing(pd: Pd) -> None:

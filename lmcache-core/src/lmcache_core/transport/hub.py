@@ -112,10 +112,12 @@ class Hub:
             try:
                 peer = self.channel.connect(address.encode(), OpContext(deadline_s=deadline_s))
             except LMCacheError as caught:
-                with self._lock:
-                    if len(self._failed) >= MAX_ADDRESSES:
-                        self._failed.clear()
-                    self._failed[address] = (self.clock(), caught)
+                # Who had too little time says nothing of the peer to the others.
+                if self.clock() < deadline_s:
+                    with self._lock:
+                        if len(self._failed) >= MAX_ADDRESSES:
+                            self._failed.clear()
+                        self._failed[address] = (self.clock(), caught)
                 self._metrics.counter("channel.connect_failed").inc()
                 self._log.warn("peer_not_reached", address=address, reason=repr(str(caught)))
                 raise

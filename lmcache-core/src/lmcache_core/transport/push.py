@@ -17,6 +17,8 @@ from lmcache_core.transport.messages import End, Offer, Pushed, Ready, Refuse, S
 
 CONNECT_TIMEOUT_S = 5.0
 POLL_S = 0.02
+_OURS = ("deadline", "closed")
+"""Ends of which the decoder must be told: it waits no longer than it has to."""
 
 
 @dataclass(slots=True)
@@ -204,6 +206,8 @@ class Pusher:
     def _finish(self, push: Push, reason: str) -> None:
         if not push.over:
             push.over = True
+            if push.peer and reason in _OURS:
+                self._hub.send(push.peer, End(transfer=push.transfer, pushed=push.pushed))
             push.waiting.clear()
             self._live.pop(push.transfer, None)
             self._count(f"ended.{reason or 'whole'}")

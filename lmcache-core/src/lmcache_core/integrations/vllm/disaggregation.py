@@ -162,6 +162,8 @@ class Disaggregation:
             return "this engine's kv_role is kv_consumer"
         if not wish.prefill and not self._may_decode:
             return "this engine's kv_role is kv_producer"
+        if not wish.prefill and self._geometry.decode_only:
+            return "this attention backend can't go on behind tokens that were loaded"
         return ""
 
     def _missing(self, tracked: Tracked) -> list[Missing]:
