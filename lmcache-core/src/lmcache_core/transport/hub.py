@@ -14,6 +14,7 @@ from lmcache_core.channels.registry import Channels
 from lmcache_core.logs import EventLog, logger
 from lmcache_core.metrics import Metrics
 from lmcache_core.sdk import (
+    BackendClosed,
     BackendUnavailable,
     ChannelHost,
     LMCacheError,
@@ -127,7 +128,10 @@ class Hub:
 
     def send(self, peer: str, message: Message) -> bool:
         """Whether ``message`` is on its way."""
-        status = self.channel.notify(peer, encode(message))
+        try:
+            status = self.channel.notify(peer, encode(message))
+        except BackendClosed:
+            status = Status.FAILED
         if status is not Status.OK:
             self._metrics.counter("channel.not_sent").inc()
         if status is Status.FAILED:
