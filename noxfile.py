@@ -210,8 +210,11 @@ def vllm_python(session: nox.Session) -> str:
 
 @nox.session(python=False)
 def vllm(session: nox.Session) -> None:
-    """The connector on real vLLM."""
+    """The connector on real vLLM; NIXL for transfers between engines."""
     python = vllm_python(session)
+    from vllm_env import install_store
+
+    install_store("nixl")
     session.run(
         python,
         "-m",
