@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -292,3 +293,14 @@ def test_lmcaches_serde_becomes_the_codec_of_its_tier(tmp_path: Path) -> None:
     assert load(tmp_path, extra=extra).config.tiers[0].codec == "cachegen"
     ours = {"tiers": [{"url": "redis://h:1"}], "remote_serde": "naive"}
     assert load(tmp_path, extra=ours).config.tiers[0].codec == ""
+
+
+def test_the_configurations_of_the_transport_guide_can_be_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "transport.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for number, block in enumerate(blocks):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block)
+        config = load_settings({}, {"LMCACHE_CONFIG_FILE": str(file)}).config
+        assert config.channel and config.channel_token_file
