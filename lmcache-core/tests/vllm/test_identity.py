@@ -159,7 +159,7 @@ def mamba() -> Any:
             {"parallel": {"pipeline_parallel_size": 2}},
             "pipeline stages",
         ),
-        ([(FULL, {})], {"role": "kv_producer"}, "kv_producer"),
+        ([(FULL, {})], {"role": "kv_router"}, "kv_router"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
