@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import pytest
 
 from lmcache_conformance.checks import CHECKS
-from lmcache_conformance.frame import Check, Outcome
+from lmcache_conformance.fixed import FixedSuite, add_test, fail_when_failed
+from lmcache_conformance.frame import Check
 from lmcache_conformance.harness import Harness
 from lmcache_conformance.judge import Judge
 
 
-class ConnectorConformance:
+class ConnectorConformance(FixedSuite):
     """Subclass it with ``harness``; every check is a test that can't be overridden.
 
     Attributes:
@@ -21,16 +22,7 @@ class ConnectorConformance:
     """
 
     harness: ClassVar[Harness]
-
-    def __init_subclass__(cls, **rest: Any) -> None:
-        super().__init_subclass__(**rest)
-        ours = {name for name in vars(ConnectorConformance) if name.startswith("test_")}
-        changed = sorted(ours & set(vars(cls)))
-        if changed:
-            raise TypeError(
-                f"{cls.__name__} overrides {', '.join(changed)}: a check can't be changed; "
-                "a known failure is named in kv-waivers.toml"
-            )
+    advice = "; a known failure is named in kv-waivers.toml"
 
 
 def _test_of(check: Check) -> Callable[[Any, Judge, pytest.FixtureRequest], None]:
@@ -39,20 +31,12 @@ def _test_of(check: Check) -> Callable[[Any, Judge, pytest.FixtureRequest], None
             return
         result = kv_judge.run(check)
         request.node.user_properties.append(("kv_outcome", result.outcome.value))
-        if result.outcome is Outcome.FAIL:
-            pytest.fail(
-                f"{check.id} {check.rule}\n  found: {result.reason}\n  fix:   {check.fix}\n"
-                f"  seed:  {result.seed}",
-                pytrace=False,
-            )
+        fail_when_failed(check, result, f"\n  seed:  {result.seed}")
         if result.reason:
             request.node.user_properties.append(("kv_reason", result.reason))
 
-    test.__name__ = f"test_{check.id.lower()}_{check.name}"
-    test.__doc__ = f"{check.id}: {check.rule}"
     return test
 
 
 for _check in CHECKS:
-    _made = _test_of(_check)
-    setattr(ConnectorConformance, _made.__name__, _made)
+    add_test(ConnectorConformance, _check, _test_of(_check))

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transport_rig import LAYOUT, OURS, SLOT_BYTES, Node, key, missing, nodes, soon_s, until
+from transport_rig import (
+    LAYOUT,
+    OURS,
+    SLOT_BYTES,
+    Node,
+    begun,
+    key,
+    missing,
+    nodes,
+    soon_s,
+    until,
+)
 
 from lmcache_core.config import EngineConfig
 from lmcache_core.opening import open_chunks
@@ -28,9 +39,7 @@ def token(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_chunks_arrive_as_they_are_computed(token: Path) -> None:
     with nodes(token) as (prefiller, decoder):
-        expected = decoder.transport.receiver.expect("t", missing(4), deadline_s=soon_s())
-        push = prefiller.transport.pusher.start("t", decoder.transport.address, deadline_s=soon_s())
-        assert expected is not None and push is not None
+        expected, push = begun(prefiller, decoder, 4)
         for number in range(4):
             assert not expected.done
             prefiller.store(number)
@@ -45,9 +54,7 @@ def test_chunks_arrive_as_they_are_computed(token: Path) -> None:
 
 def test_what_came_stays_until_it_is_released(token: Path) -> None:
     with nodes(token) as (prefiller, decoder):
-        expected = decoder.transport.receiver.expect("t", missing(2), deadline_s=soon_s())
-        push = prefiller.transport.pusher.start("t", decoder.transport.address, deadline_s=soon_s())
-        assert expected is not None and push is not None
+        expected, push = begun(prefiller, decoder, 2)
         for number in range(2):
             prefiller.store(number)
         until(lambda: expected.done, prefiller, decoder)
@@ -81,9 +88,7 @@ def test_only_what_the_decoder_lacks_is_sent(token: Path) -> None:
         decoder.store(0)
         for number in range(3):
             prefiller.store(number)
-        expected = decoder.transport.receiver.expect("t", missing(3), deadline_s=soon_s())
-        push = prefiller.transport.pusher.start("t", decoder.transport.address, deadline_s=soon_s())
-        assert expected is not None and push is not None
+        expected, push = begun(prefiller, decoder, 3)
         until(lambda: expected.done, prefiller, decoder)
         assert expected.received_bytes == 2 * LAYOUT.payload_bytes
         prefiller.transport.pusher.computed(push)
@@ -109,11 +114,7 @@ def test_two_requests_wait_for_one_chunk(token: Path) -> None:
 
 def test_a_prefiller_that_ends_early_says_so(token: Path) -> None:
     with nodes(token) as (prefiller, decoder):
-        expected = decoder.transport.receiver.expect("t", missing(3), deadline_s=soon_s(60))
-        push = prefiller.transport.pusher.start(
-            "t", decoder.transport.address, deadline_s=soon_s(60)
-        )
-        assert expected is not None and push is not None
+        expected, push = begun(prefiller, decoder, 3, 60)
         prefiller.store(0)
         prefiller.transport.pusher.computed(push)
         until(lambda: expected.done, prefiller, decoder)
@@ -173,11 +174,7 @@ def test_a_prefiller_that_never_speaks_is_not_waited_for_long(token: Path) -> No
 
 def test_an_aborted_request_stops_the_push(token: Path) -> None:
     with nodes(token) as (prefiller, decoder):
-        expected = decoder.transport.receiver.expect("t", missing(8), deadline_s=soon_s(60))
-        push = prefiller.transport.pusher.start(
-            "t", decoder.transport.address, deadline_s=soon_s(60)
-        )
-        assert expected is not None and push is not None
+        expected, push = begun(prefiller, decoder, 8, 60)
         prefiller.store(0)
         until(lambda: decoder.holds(0), prefiller, decoder)
         decoder.transport.receiver.release(expected)
@@ -189,11 +186,7 @@ def test_an_aborted_request_stops_the_push(token: Path) -> None:
 def test_a_prefiller_that_goes_frees_its_slots(token: Path, orderly: bool) -> None:
     prefiller = Node(token)
     with nodes(token, 1) as (decoder,):
-        expected = decoder.transport.receiver.expect("t", missing(3), deadline_s=soon_s(60))
-        push = prefiller.transport.pusher.start(
-            "t", decoder.transport.address, deadline_s=soon_s(60)
-        )
-        assert expected is not None and push is not None
+        expected, _ = begun(prefiller, decoder, 3, 60)
         prefiller.store(0)
         until(lambda: decoder.holds(0), prefiller, decoder)
         if orderly:
@@ -220,11 +213,7 @@ def test_a_decoder_that_is_away_costs_the_prefiller_nothing(token: Path) -> None
 def test_a_lost_decoder_frees_what_was_pinned(token: Path) -> None:
     decoder = Node(token)
     with nodes(token, 1) as (prefiller,):
-        expected = decoder.transport.receiver.expect("t", missing(3), deadline_s=soon_s(60))
-        push = prefiller.transport.pusher.start(
-            "t", decoder.transport.address, deadline_s=soon_s(60)
-        )
-        assert expected is not None and push is not None
+        _, push = begun(prefiller, decoder, 3, 60)
         prefiller.store(0)
         until(lambda: decoder.holds(0), prefiller, decoder)
         decoder.engine.close()
@@ -265,9 +254,7 @@ def test_damaged_chunks_are_never_served(token: Path, damage: str) -> None:
 
 def test_no_room_expects_what_fits(token: Path) -> None:
     with nodes(token, max_expected_bytes=2 * SLOT_BYTES) as (prefiller, decoder):
-        expected = decoder.transport.receiver.expect("t", missing(5), deadline_s=soon_s())
-        push = prefiller.transport.pusher.start("t", decoder.transport.address, deadline_s=soon_s())
-        assert expected is not None and push is not None
+        expected, push = begun(prefiller, decoder, 5)
         for number in range(5):
             prefiller.store(number)
         until(lambda: expected.done, prefiller, decoder)
@@ -288,9 +275,7 @@ def test_a_verified_chunk_can_not_be_written_again(token: Path) -> None:
             seen(peer, message)
 
         hub.on(messages.Offer, watch)
-        expected = decoder.transport.receiver.expect("t", missing(1), deadline_s=soon_s())
-        push = prefiller.transport.pusher.start("t", decoder.transport.address, deadline_s=soon_s())
-        assert expected is not None and push is not None
+        expected, push = begun(prefiller, decoder, 1)
         prefiller.store(0)
         until(lambda: expected.done, prefiller, decoder)
         chunk = prefiller.engine.host.get(key(0))

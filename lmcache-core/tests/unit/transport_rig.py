@@ -11,7 +11,8 @@ from lmcache_core.chunks import ChunkEngine
 from lmcache_core.config import EngineConfig
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.opening import open_chunks, transport_of
-from lmcache_core.transport.receive import Missing
+from lmcache_core.transport.push import Push
+from lmcache_core.transport.receive import Expected, Missing
 from lmcache_core.transport.transport import Transport
 
 LAYOUT = ChunkLayout(chunk_size=16, payload_bytes=100_000, description=b"transport tests")
@@ -84,6 +85,18 @@ def until(ready: Callable[[], object], *nodes: Node, timeout_s: float = 5.0) -> 
         for node in nodes:
             node.engine.poll()
         time.sleep(0.0005)
+
+
+def begun(
+    prefiller: Node, decoder: Node, chunks: int, seconds: float = 5.0
+) -> tuple[Expected, Push]:
+    """A transfer of so many chunks that both sides know."""
+    expected = decoder.transport.receiver.expect("t", missing(chunks), deadline_s=soon_s(seconds))
+    push = prefiller.transport.pusher.start(
+        "t", decoder.transport.address, deadline_s=soon_s(seconds)
+    )
+    assert expected is not None and push is not None
+    return expected, push
 
 
 @contextmanager
