@@ -293,9 +293,9 @@ class LeaseIgnored(Right):
 
 
 class _PartTwice(Peers):
-    def _part(self, peer: Any, why: str) -> None:
+    def part(self, peer: Any, why: str = "") -> None:
         was_gone = peer.gone
-        super()._part(peer, why)
+        super().part(peer, why)
         if why and not was_gone:
             self._host.lost(peer.name, "its lane has ended")
 
@@ -308,8 +308,8 @@ class LostTwice(Right):
 
 
 class _PartSilently(Peers):
-    def _part(self, peer: Any, why: str) -> None:
-        super()._part(peer, "")
+    def part(self, peer: Any, why: str = "") -> None:
+        super().part(peer)
 
 
 class LostNever(Right):

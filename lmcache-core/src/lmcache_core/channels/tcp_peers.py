@@ -80,7 +80,6 @@ class Peers:
             secret=host.secret,
             introduce=lambda: self._introduction(b"" if self._full() else _new_session()),
             accepted=self._accepted,
-            full=lambda: False,
             refused=lambda why: host.counter(f"refused.{why}").inc(),
         )
 
@@ -109,10 +108,6 @@ class Peers:
         """Send a notification."""
         return peer.link.send(_NOTIFY, message)
 
-    def part(self, peer: Peer) -> None:
-        """End its connection; core is not told."""
-        self._part(peer, "")
-
     def close(self) -> None:
         """End every connection, and wait for their threads."""
         with self._lock:
@@ -120,7 +115,7 @@ class Peers:
         until_s = time.monotonic() + CLOSE_LIMIT_S - 1
         self._listener.close()
         for peer in list(self._peers.values()):
-            self._part(peer, "")
+            self.part(peer)
         for thread in list(self._threads):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until_s - time.monotonic()))
@@ -162,9 +157,9 @@ class Peers:
             self._peers[name] = peer
             self._sessions[session] = peer
             closed = self._closed
-        self.spawn(lambda: self._link_ended(peer, peer.link.run(self._framed)), "tcp-link")
+        self.spawn(lambda: self.part(peer, peer.link.run(self._framed)), "tcp-link")
         if closed:
-            self._part(peer, "")
+            self.part(peer)
             raise BackendClosed("the channel was closed", backend=SCHEME, op="connect")
         return peer
 
@@ -229,10 +224,7 @@ class Peers:
             if not peer.gone:
                 self._host.notified(peer.name, message)
 
-    def _link_ended(self, peer: Peer, why: str) -> None:
-        self._part(peer, why)
-
-    def _part(self, peer: Peer, why: str) -> None:
+    def part(self, peer: Peer, why: str = "") -> None:
         """End everything of ``peer``; core is told when ``why`` is given.  Once."""
         with peer.telling, self._lock:
             if peer.gone:

@@ -183,8 +183,8 @@ class Listener:
         introduce: what we say of ourselves to one connection; fresh for each.
         accepted: takes the socket, the hello of the peer and what we said; on the handshake's
             thread, which it may keep.
-        full: whether no more peers are wanted.
         refused: told why a connection was not accepted.
+        full: whether no more connections are wanted, of any role.
 
     Raises:
         BackendUnavailable: the address can't be listened at.
@@ -197,8 +197,8 @@ class Listener:
         secret: bytes,
         introduce: Callable[[], Introduction],
         accepted: Callable[[socket.socket, bytes, Introduction], None],
-        full: Callable[[], bool],
         refused: Callable[[str], None],
+        full: Callable[[], bool] = lambda: False,
     ) -> None:
         self._secret = secret
         self._introduce = introduce
