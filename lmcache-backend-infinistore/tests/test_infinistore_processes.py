@@ -195,7 +195,7 @@ def test_no_room_is_rejected(tmp_path: Path, opened: Open) -> None:
         it = opened(f"{server.url}?bounce_bytes={300 * MIB}")
         for number in range(2):
             assert it.put(b"%d" % number, value(number, 1000)) is Status.OK
-        assert it.put(b"large", bytes(260 * MIB)) is Status.REJECTED
+        assert it.put(b"large", bytes(260 * MIB), seconds=60) is Status.REJECTED
         assert it.get(b"large", 10)[0].status is Status.MISS
         assert it.put(b"small", value(3, 1000)) is Status.OK
         assert it.get(b"small", 1000)[1] == value(3, 1000)

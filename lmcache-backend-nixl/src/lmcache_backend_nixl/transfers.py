@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from lmcache_backend_nixl.channel_wire import NOTIFY, POKE, QUIET, REVOKED, Identity, pack_number
 from lmcache_backend_nixl.ucx import Rows, State, UcxAgent
@@ -51,7 +50,7 @@ class Peer:
     offset_s: float = 0.0
     loaded: int = -1
     theirs_loaded: int = -1
-    greeting: Any = None
+    greeting: int | None = None
     greeted: bool = False
     they_greeted: bool = False
     running: int = 0
@@ -94,7 +93,7 @@ class Transfer:
     whole: bool
     deadline_s: float
     notification: bytes
-    handle: Any = None
+    handle: int | None = None
     posted: bool = False
     answers: list[Status] | None = None
 

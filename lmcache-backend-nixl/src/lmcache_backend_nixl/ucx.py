@@ -20,6 +20,7 @@ DRAM, VRAM = 0, 1
 _NAMES = {DRAM: "DRAM", VRAM: "VRAM"}
 _DOORMAT_BYTES = 4096
 GREETING_BYTES = 8
+_ANY_BACKEND: list[int] = []
 Rows = list[tuple[int, int, int]]
 """(address, bytes, device) each."""
 
@@ -30,9 +31,6 @@ class State(enum.Enum):
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
-
-
-_STATES = {"DONE": State.DONE, "PROC": State.RUNNING}
 
 
 def kind_of(memory: MemoryKind) -> int:
@@ -64,6 +62,16 @@ class UcxAgent:
             config = api.nixl_agent_config(enable_prog_thread=False, backends=[])
             self._agent: Any = api.nixl_agent(name, config)
             self._agent.create_backend("UCX", {})
+            # The library's class in Python takes 3 us a transfer to do what these do.
+            bindings = api.nixlBind
+            self._bare: Any = self._agent.agent
+            self._rows: Any = bindings.nixlXferDList
+            self._kinds = {kind: self._agent.nixl_mems[name] for kind, name in _NAMES.items()}
+            self._ops = dict(self._agent.nixl_ops)
+            self._states = {
+                bindings.NIXL_SUCCESS: State.DONE,
+                bindings.NIXL_IN_PROG: State.RUNNING,
+            }
             row = (self.doormat, _DOORMAT_BYTES, 0, "")
             self._held = self._agent.register_memory([row], mem_type="DRAM")
         except Exception as error:
@@ -143,7 +151,7 @@ class UcxAgent:
 
     def start(
         self, op: str, kinds: tuple[int, int], rows: tuple[Rows, Rows], peer: str
-    ) -> tuple[Any, State]:
+    ) -> tuple[int | None, State]:
         """A transfer's handle, or None when it can't be made, and its state.  Over shared memory
         the bytes are moved before this returns.
 
@@ -154,31 +162,31 @@ class UcxAgent:
         with self.lock:
             handle = None
             try:
-                near = self._agent.get_xfer_descs(rows[0], mem_type=_NAMES[kinds[0]])
-                far = self._agent.get_xfer_descs(rows[1], mem_type=_NAMES[kinds[1]])
-                handle = self._agent.initialize_xfer(op, near, far, peer)
-                return handle, _STATES.get(self._agent.transfer(handle), State.FAILED)
+                near = self._rows(self._kinds[kinds[0]], rows[0])
+                far = self._rows(self._kinds[kinds[1]], rows[1])
+                handle = self._bare.createXferReq(self._ops[op], near, far, peer, b"", _ANY_BACKEND)
+                return handle, self._states.get(self._bare.postXferReq(handle, b""), State.FAILED)
             except Exception:  # the library's own types, which differ by build
                 # Some of it may run all the same.
                 return handle, State.FAILED if handle is None else self.state(handle)
 
-    def state(self, handle: Any) -> State:
+    def state(self, handle: int) -> State:
         """Of a transfer; a peer that is gone is FAILED."""
         with self.lock:
             try:
-                return _STATES.get(self._agent.check_xfer_state(handle), State.FAILED)
+                return self._states.get(self._bare.getXferStatus(handle), State.FAILED)
             except Exception:
                 return State.FAILED
 
-    def release(self, handle: Any) -> None:
+    def release(self, handle: int) -> None:
         """Give a handle back."""
         with self.lock:
             try:
-                self._agent.release_xfer_handle(handle)
+                self._bare.releaseXferReq(handle)
             except Exception:
                 pass  # kept by the library until the agent ends
 
-    def greet(self, peer: str, doormat: int) -> Any:
+    def greet(self, peer: str, doormat: int) -> int | None:
         """Start to read a peer's doormat; a handle, or None."""
         near = [(self.doormat + _DOORMAT_BYTES // 2, GREETING_BYTES, 0)]
         return self.start("READ", (DRAM, DRAM), (near, [(doormat, GREETING_BYTES, 0)]), peer)[0]
@@ -202,4 +210,4 @@ class UcxAgent:
                 self._agent.deregister_memory(made)
             self._regions.clear()
             self._agent.deregister_memory(self._held)
-            self._held = self._agent = None
+            self._held = self._agent = self._bare = None
