@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from lmcache_core.sdk import ContractViolation, PayloadShape
+import msgspec
+from msgspec import Meta
 
+from lmcache_core.sdk import ContractViolation, KVTensor, PayloadShape
+
+MAX_TENSORS = 4096
+MAX_DESCRIPTION_BYTES = 64 << 10
+_Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+_Text = Annotated[str, Meta(max_length=4096)]
 _BYTES = PayloadShape(nbytes=0)
 
 
@@ -44,3 +52,58 @@ class ChunkLayout:
         object.__setattr__(self, "fingerprint", digest)
         shaped = hashlib.sha256(digest + repr(self.shape).encode()).digest()[:16]
         object.__setattr__(self, "encoded_fingerprint", shaped)
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A `lmcache_core.sdk.KVTensor` on the wire."""
+
+    role: _Text
+    offset_bytes: _Number
+    shape: tuple[_Number, _Number, _Number, _Number, _Number]
+    strides_bytes: tuple[_Number, _Number, _Number, _Number, _Number]
+
+
+class LayoutSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A `ChunkLayout` on the wire."""
+
+    chunk_size: Annotated[int, Meta(gt=0, le=1 << 31)]
+    payload_bytes: Annotated[int, Meta(gt=0, le=1 << 48)]
+    description: Annotated[bytes, Meta(max_length=MAX_DESCRIPTION_BYTES)]
+    dtype: _Text = ""
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)] = ()
+
+    @classmethod
+    def of(cls, layout: ChunkLayout) -> LayoutSpec:
+        """What is said of ``layout``."""
+        return cls(
+            layout.chunk_size,
+            layout.payload_bytes,
+            layout.description,
+            layout.shape.dtype,
+            tuple(
+                TensorSpec(t.role, t.offset_bytes, t.shape, t.strides_bytes)
+                for t in layout.shape.tensors
+            ),
+        )
+
+    def layout(self) -> ChunkLayout:
+        """The layout that is meant.
+
+        Raises:
+            ContractViolation: its tensors are not the payload.
+        """
+        tensors = tuple(
+            KVTensor(
+                role=t.role,
+                offset_bytes=t.offset_bytes,
+                shape=t.shape,
+                strides_bytes=t.strides_bytes,
+            )
+            for t in self.tensors
+        )
+        return ChunkLayout(
+            chunk_size=self.chunk_size,
+            payload_bytes=self.payload_bytes,
+            description=self.description,
+            shape=PayloadShape(nbytes=self.payload_bytes, dtype=self.dtype, tensors=tensors),
+        )

@@ -21,10 +21,10 @@ from lmcache_core.cache import Attached, Refusal, Slot, Wanted
 from lmcache_core.cli.serve import node_status
 from lmcache_core.config import EngineConfig, from_mapping
 from lmcache_core.envelope import HEADER_BYTES
-from lmcache_core.layout import ChunkLayout
+from lmcache_core.layout import ChunkLayout, LayoutSpec
 from lmcache_core.node.address import Address, listen, peer_uid
 from lmcache_core.node.client import NodeCache, connect
-from lmcache_core.node.protocol import VERSION, Frames, Hello, LayoutSpec, frame, read_server
+from lmcache_core.node.protocol import VERSION, Frames, Hello, frame, read_server
 from lmcache_core.node.server import NodeServer
 from lmcache_core.node.wake import Wake
 from lmcache_core.opening import open_chunks

@@ -9,8 +9,8 @@ import pytest
 from node_support import LAYOUT, VERSION, Raw, client, keys_of, running, serving, until
 
 from lmcache_core.cache import Refusal
-from lmcache_core.layout import ChunkLayout
-from lmcache_core.node.protocol import LayoutSpec, Refused, TensorSpec
+from lmcache_core.layout import ChunkLayout, LayoutSpec, TensorSpec
+from lmcache_core.node.protocol import Refused
 from lmcache_core.sdk import KVTensor, PayloadShape
 
 TOKENS, LAYERS, HEADS, SIZE = 64, 2, 2, 32

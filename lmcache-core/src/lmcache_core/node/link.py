@@ -7,7 +7,7 @@ import select
 import socket
 from collections.abc import Sequence
 
-from lmcache_core.layout import ChunkLayout
+from lmcache_core.layout import ChunkLayout, LayoutSpec
 from lmcache_core.node import protocol
 from lmcache_core.node.address import Address
 from lmcache_core.node.protocol import (
@@ -15,7 +15,6 @@ from lmcache_core.node.protocol import (
     FromClient,
     FromServer,
     Hello,
-    LayoutSpec,
     ProtocolError,
     Refused,
     Role,

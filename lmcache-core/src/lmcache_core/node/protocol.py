@@ -18,16 +18,14 @@ import msgspec
 from msgspec import Meta
 
 from lmcache_core.keys import STORED_KEY_BYTES
-from lmcache_core.layout import ChunkLayout
-from lmcache_core.sdk import KVTensor, LMCacheError, PayloadShape
+from lmcache_core.layout import LayoutSpec
+from lmcache_core.sdk import LMCacheError
 
 VERSION = 1
 MAX_FRAME_BYTES = 4 << 20
 MAX_KEYS = 65_536
 MAX_WANTED = 16_384
 MAX_LAYOUTS = 64
-MAX_TENSORS = 4096
-MAX_DESCRIPTION_BYTES = 64 << 10
 MAX_DEADLINE_S = 3600.0
 MAX_TEXT = 4096
 NO_SLOT = {"present": (1 << 64) - 1, "arriving": (1 << 64) - 2, "no_room": (1 << 64) - 3}
@@ -46,61 +44,6 @@ Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 
 class ProtocolError(LMCacheError):
     """The other side said what it may not say."""
-
-
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
-    """A `lmcache_core.sdk.KVTensor`."""
-
-    role: Text
-    offset_bytes: Number
-    shape: tuple[Number, Number, Number, Number, Number]
-    strides_bytes: tuple[Number, Number, Number, Number, Number]
-
-
-class LayoutSpec(msgspec.Struct, frozen=True, array_like=True):
-    """A `lmcache_core.layout.ChunkLayout`."""
-
-    chunk_size: Annotated[int, Meta(gt=0, le=1 << 31)]
-    payload_bytes: Annotated[int, Meta(gt=0, le=1 << 48)]
-    description: Annotated[bytes, Meta(max_length=MAX_DESCRIPTION_BYTES)]
-    dtype: Text = ""
-    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)] = ()
-
-    @classmethod
-    def of(cls, layout: ChunkLayout) -> LayoutSpec:
-        """What is said of ``layout``."""
-        return cls(
-            layout.chunk_size,
-            layout.payload_bytes,
-            layout.description,
-            layout.shape.dtype,
-            tuple(
-                TensorSpec(t.role, t.offset_bytes, t.shape, t.strides_bytes)
-                for t in layout.shape.tensors
-            ),
-        )
-
-    def layout(self) -> ChunkLayout:
-        """The layout that is meant.
-
-        Raises:
-            ContractViolation: its tensors are not the payload.
-        """
-        tensors = tuple(
-            KVTensor(
-                role=t.role,
-                offset_bytes=t.offset_bytes,
-                shape=t.shape,
-                strides_bytes=t.strides_bytes,
-            )
-            for t in self.tensors
-        )
-        return ChunkLayout(
-            chunk_size=self.chunk_size,
-            payload_bytes=self.payload_bytes,
-            description=self.description,
-            shape=PayloadShape(nbytes=self.payload_bytes, dtype=self.dtype, tensors=tensors),
-        )
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):

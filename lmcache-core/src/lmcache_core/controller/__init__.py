@@ -1,0 +1,1 @@
+"""See and steer every cache of a fleet: ``lmc controller``."""
