@@ -79,19 +79,16 @@ class ControllerLink:
         sent = dict(self._headers, **(headers or {}))
         if body is not None:
             sent["Content-Type"] = content_type
-        kept = self._open is not None
-        try:
-            return self._once(method, path, body, sent, timeout_s)
-        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
-            self.close()
-            if kept:
-                try:
-                    return self._once(method, path, body, sent, timeout_s)
-                except (OSError, http.client.HTTPException) as again:
-                    error = again  # type: ignore[assignment]
-            raise self._failed(error) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise self._failed(error) from error
+        for last in (True,) if self._open is None else (False, True):
+            try:
+                return self._once(method, path, body, sent, timeout_s)
+            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
+                failed = self._failed(error)
+                if last:
+                    raise failed from error
+            except (OSError, http.client.HTTPException) as error:
+                raise self._failed(error) from error
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """Close the connection; the next request opens another.  From any thread: a request in
