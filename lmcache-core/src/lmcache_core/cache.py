@@ -7,6 +7,7 @@ that a node server shares.  Both give slots of an arena, which workers map by an
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -16,6 +17,7 @@ from lmcache_core.config import EngineConfig
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.arena import Arena, ArenaRef
 from lmcache_core.metrics import Metrics
+from lmcache_core.misses import Eviction
 from lmcache_core.prefetch import Prefetch
 from lmcache_core.tiers.host import HostChunk
 
@@ -112,12 +114,14 @@ class Cache(Protocol):
         metrics: of this process.
         layouts: what its chunks may look like, by index.
         capacity_bytes: of the host tier.
+        owner: held by whoever acts as the owner, where more than one thread does.
     """
 
     config: EngineConfig
     metrics: Metrics
     layouts: tuple[ChunkLayout, ...]
     capacity_bytes: int
+    owner: threading.RLock  # type: ignore[valid-type]
 
     @property
     def handle(self) -> ArenaHandle:
@@ -158,6 +162,10 @@ class Cache(Protocol):
 
     def why_missed(self, ticket: Ticket, index: int) -> str:
         """Why chunk ``index`` of ``ticket`` did not come; "" when nobody knows it."""
+        ...
+
+    def eviction(self, key: bytes) -> Eviction | None:
+        """How ``key`` left a tier last; None when it did not, or nobody here knows it."""
         ...
 
     def release(self, ticket: Ticket) -> None:
@@ -225,6 +233,7 @@ class EmbeddedCache:
         self.metrics = engine.metrics
         self.layouts = tuple(layouts)
         self.capacity_bytes = engine.host.capacity_bytes
+        self.owner = engine.owner
         self._handle = LocalArena(engine.host.arena.ref, engine.host.arena)
 
     @property
@@ -259,6 +268,9 @@ class EmbeddedCache:
     def why_missed(self, ticket: Ticket, index: int) -> str:
         assert isinstance(ticket, Prefetch)
         return self.engine.why_missed(ticket, index)
+
+    def eviction(self, key: bytes) -> Eviction | None:
+        return self.engine.evicted.get(key)
 
     def release(self, ticket: Ticket) -> None:
         assert isinstance(ticket, Prefetch)

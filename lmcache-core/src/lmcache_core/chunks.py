@@ -6,6 +6,7 @@ have finished.  Nothing here waits for I/O, except `flush` and `close`.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from lmcache_core.config import EngineConfig
 from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.arena import Arena
 from lmcache_core.metrics import Metrics
-from lmcache_core.misses import EvictedKeys
+from lmcache_core.misses import EvictedKeys, Eviction
 from lmcache_core.prefetch import Prefetch, Prefetcher
 from lmcache_core.recode import Recode
 from lmcache_core.sdk import BackendClosed, ConfigError, Status
@@ -55,9 +56,10 @@ class ChunkEngine:
         runtime: clock, threads and waiting; a simulation gives its own.
 
     Attributes:
-        evicted: keys that left the host tier lately.
+        evicted: chunks that left a tier lately.
         unstored: writes to lower tiers that failed, so far.
         parts: closed with the engine, before its tiers.
+        owner: who calls the engine's methods may hold it, where more than one thread takes turns.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ChunkEngine:
         self.metrics = metrics or Metrics()
         self.runtime = runtime or Runtime()
         self.evicted = EvictedKeys()
+        self._watchers: list[Callable[[str, bytes, bool], None]] = []
         self.host = HostTier(arena, self._evicted)
         self.tiers = TierStack(open_tiers(self.host))
         self._prefetcher = Prefetcher(
@@ -89,12 +92,14 @@ class ChunkEngine:
         self._demoting_bytes = 0
         self.unstored = 0
         self.parts: list[Part] = []
+        self.owner = threading.RLock()
         self._closed = False
         self.metrics.gauge("host.used_bytes", lambda: self.host.used_bytes)
         for tier in self.tiers.readable:
             self.metrics.gauge(f"{tier.name}.used_bytes", partial(getattr, tier, "used_bytes"))
             self.metrics.gauge(f"{tier.name}.available", partial(getattr, tier, "available"))
             tier.on_lost = partial(self._lose, tier=tier)
+            tier.on_evict = partial(self._evicted_below, tier.name)
 
     def now_s(self) -> float:
         """The engine's clock."""
@@ -120,6 +125,8 @@ class ChunkEngine:
     def poll(self) -> int:
         """Bring in finished work and look at deadlines; returns how much came in."""
         count = self.runtime.completions.drain()
+        if self.host.over_share:
+            self.host.trim()
         self.tiers.tick()
         for part in self.parts:
             part.tick()
@@ -233,10 +240,11 @@ class ChunkEngine:
 
     def on_residency(self, changed: Callable[[str, bytes, bool], None]) -> None:
         """Have ``changed`` told the tier, the key, and whether it is there now, in the owner's
-        thread.  What a store evicts by itself is not known."""
-        self.host.on_change = partial(changed, "host")
+        thread, beside all who asked before.  What a store evicts by itself is not known."""
+        self._watchers.append(changed)
+        self.host.on_change = partial(self._changed, "host")
         for tier in self.tiers.readable:
-            tier.on_change = partial(changed, tier.name)
+            tier.on_change = partial(self._changed, tier.name)
 
     def flush(self, timeout_s: float) -> bool:
         """Block until lower tiers have settled what was stored, or ``timeout_s``."""
@@ -286,9 +294,22 @@ class ChunkEngine:
         self._released_early.remove(token)
         return True
 
-    def _evicted(self, key: bytes) -> None:
+    def _changed(self, tier: str, key: bytes, present: bool) -> None:
+        for watcher in self._watchers:
+            watcher(tier, key, present)
+
+    def _evicted(self, key: bytes, policy: str) -> None:
         self.metrics.counter("host.evicted").inc()
-        self.evicted.add(key)
+        self.note_gone([key], "host", policy)
+
+    def note_gone(self, keys: Sequence[bytes], tier: str, policy: str) -> None:
+        """Remember how ``keys`` left ``tier``, for who asks why they missed."""
+        at_s = self.now_s()
+        for key in keys:
+            self.evicted.add(key, Eviction(at_s, tier, policy))
+
+    def _evicted_below(self, tier: str, keys: Sequence[bytes], policy: str) -> None:
+        self.note_gone(keys, tier, policy)
 
     def _lose(self, chunk: HostChunk, tier: RemoteTier) -> None:
         self.lose(chunk)
@@ -306,7 +327,8 @@ class ChunkEngine:
     def _demoted(self, chunk: HostChunk, status: Status) -> None:
         self._demoting -= 1
         self._demoting_bytes -= chunk.payload_bytes
-        self.unstored += status is not Status.OK
+        # MISS: it was cleared before it was written.
+        self.unstored += status not in (Status.OK, Status.MISS)
         if status is Status.ABANDONED:
             # Native code may still read the slot: it stays pinned until it is released.
             self.hold(chunk)

@@ -122,6 +122,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             takes half of the host tier.
         lend_lease_s: how long a peer may read chunks that it borrowed.
         max_lent_bytes: host memory that is lent at the same time; 0 takes a quarter of the tier.
+        controllers: URLs of all controllers, such as ``http://127.0.0.1:9300``; each is told what
+            is here, and may give orders.
+        controller_token_file: what they are shown; `lmc controller` makes it.
+        controller_ca_file: PEM certificates to trust for https; "" takes the system's.
+        controller_sync_s: longest time between two syncs.
+        instance: our name there, unique; "" is the host's name and the process's number, or for a
+            node server the host's name.
+        ask_directory: ask the controllers which engines have what is missing here; needs a channel.
+        max_pinned_bytes: host memory that pins of controllers may keep; 0 takes half of the tier.
         drain_timeout_s: how long a node server that is told to stop waits for its sessions,
             and then for the tiers below host.
     """
@@ -161,6 +170,13 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_expected_bytes: int = 0
     lend_lease_s: float = 10.0
     max_lent_bytes: int = 0
+    controllers: tuple[str, ...] = ()
+    controller_token_file: str = ""
+    controller_ca_file: str = ""
+    controller_sync_s: float = 0.5
+    instance: str = ""
+    ask_directory: bool = False
+    max_pinned_bytes: int = 0
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -170,6 +186,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         _require_positive(self, "transfer_threads", "max_transfers")
         _require_duration(self, "peer_deadline_s", "transfer_deadline_s")
         _require_duration(self, "lend_lease_s", "push_wait_s", "transfer_start_s")
+        if not 0 < self.controller_sync_s <= 30:
+            raise ConfigError(
+                f"controller_sync_s is {self.controller_sync_s}", hint="give 0 to 30 s"
+            )
+        if self.instance and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", self.instance):
+            raise ConfigError(
+                f"instance {self.instance!r} is no name",
+                hint="give up to 128 letters, digits and . _ : -",
+            )
 
 
 def _require_positive(config: object, *names: str) -> None:

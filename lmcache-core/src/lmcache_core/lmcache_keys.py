@@ -19,7 +19,6 @@ from lmcache_core.sdk import ConfigError
 Fate = Literal["mapped", "ignored", "refused"]
 GIB = 1 << 30
 
-_LATER = "a later release"
 _PD = ("pd_role pd_buffer_size pd_buffer_device pd_peer_host pd_peer_init_port pd_peer_alloc_port "
        "pd_peer_query_port pd_proxy_host pd_proxy_port pd_allocation_timeout_sec "
        "pd_shutdown_timeout_sec pd_condition_poll_interval_sec pd_max_prefill_len pd_backend_mode "
@@ -52,7 +51,8 @@ _GROUPS: tuple[tuple[Fate, str, str], ...] = (
     ("ignored", "a backend has its own options, in the URL",
      "local_disk_path_sharding gds_path_sharding gds_buffer_size use_gds gds_backend "
      "maru_pool_size extra_config"),
-    ("ignored", "pins end with their owner", "pin_timeout_sec pin_check_interval_sec"),
+    ("ignored", "every pin says how long it lasts", "pin_timeout_sec pin_check_interval_sec"),
+    ("ignored", "give instance", "lmcache_instance_id"),
     ("ignored", "vLLM's kv_events_config decides", "enable_kv_events"),
     ("ignored", "every hit is loaded", "min_retrieve_tokens hit_miss_ratio"),
     ("ignored", "no statistics beside the metrics",
@@ -66,7 +66,7 @@ _GROUPS: tuple[tuple[Fate, str, str], ...] = (
     ("ignored", "lookups run in the scheduler's process",
      "lookup_server_worker_ids enable_scheduler_bypass_lookup"),
     ("ignored", "names nothing here",
-     "lmcache_instance_id app_id priority_limit py_enable_gc use_gpu_connector_v3 "
+     "app_id priority_limit py_enable_gc use_gpu_connector_v3 "
      "lmcache_worker_ports lmcache_worker_ids lmcache_worker_heartbeat_delay_time "
      "lmcache_worker_heartbeat_time controller_pull_url controller_reply_url "
      "p2p_host p2p_init_ports p2p_lookup_ports script_allowed_imports blend_recompute_ratios "
@@ -77,7 +77,8 @@ _GROUPS: tuple[tuple[Fate, str, str], ...] = (
     ("refused", "give kv_role, channel and channel_token_file, and run lmc pd-proxy",
      "enable_pd"),
     ("refused", "give channel, channel_token_file and peers", "enable_p2p"),
-    ("refused", f"the controller comes with {_LATER}", "enable_controller"),
+    ("refused", "give controllers and controller_token_file, and run lmc controller",
+     "enable_controller"),
     ("refused", "hidden states are not cached", "enable_hidden_state_cache"),
     ("refused", "install a backend package and name its URL in tiers",
      "storage_plugins remote_storage_plugins maru_path audit_actual_remote_url"),

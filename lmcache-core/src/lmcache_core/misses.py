@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lmcache_core.keys import Namespace
 
@@ -12,17 +13,31 @@ MAX_PREFIXES = 16_384
 MAX_NAMESPACES = 4
 
 
+class Eviction(NamedTuple):
+    """When a chunk went (on the engine's clock), from which tier, and why: ``lru``, ``quota`` or
+    ``cleared``."""
+
+    at_s: float
+    tier: str
+    policy: str
+
+
 class EvictedKeys:
-    """The latest keys that left the host tier, at most `MAX_EVICTED`."""
+    """The latest chunks that left a tier, at most `MAX_EVICTED`."""
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._keys: OrderedDict[bytes, Eviction] = OrderedDict()
 
-    def add(self, key: bytes) -> None:
+    def add(self, key: bytes, eviction: Eviction) -> None:
         """``key`` left."""
-        self._keys[key] = None
+        self._keys[key] = eviction
+        self._keys.move_to_end(key)
         if len(self._keys) > MAX_EVICTED:
             self._keys.popitem(last=False)
+
+    def get(self, key: bytes) -> Eviction | None:
+        """How ``key`` left last; None when that is not known (any more)."""
+        return self._keys.get(key)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._keys

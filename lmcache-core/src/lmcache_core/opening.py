@@ -5,6 +5,8 @@ The one place that knows both configuration and plugins; raises before anything 
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from lmcache_core import plugins
+from lmcache_core.agent.peers import FleetConnector
 from lmcache_core.chunks import ChunkEngine
 from lmcache_core.codecs.registry import Codecs
 from lmcache_core.config import EngineConfig, TierConfig
@@ -78,6 +81,11 @@ def open_chunks(
     return _open(config, layouts, lambda parts: ChunkEngine(**parts), runtime, meanwhile, identity)
 
 
+def instance_name(config: EngineConfig, *, node: bool = False) -> str:
+    """Under which this process is known to controllers."""
+    return config.instance or (socket.gethostname() + ("" if node else f":{os.getpid()}"))
+
+
 def transport_of(engine: ChunkEngine) -> Transport | None:
     """What ``engine`` sends and takes over its channel; None without one."""
     return next((part for part in engine.parts if isinstance(part, Transport)), None)
@@ -134,6 +142,8 @@ def _open(
             connectors.append((name, tier, encoding, connector))
         if hub is not None:
             connectors += _peers(config, hub, codecs, metrics)
+            if config.ask_directory:
+                connectors.append(_fleet(config, hub, codecs, metrics))
     except BaseException:
         for *_, connector in connectors:
             connector.close()
@@ -177,8 +187,9 @@ def _open_hub(
     released: Callable[[ReleaseToken], None],
 ) -> Hub | None:
     if not config.channel:
-        if config.peers:
-            raise ConfigError("peers without a channel", hint="channel: tcp://127.0.0.1:0")
+        for name in ("peers", "ask_directory"):
+            if getattr(config, name):
+                raise ConfigError(f"{name} without a channel", hint="channel: tcp://127.0.0.1:0")
         return None
     if not config.channel_token_file:
         raise ConfigError(
@@ -209,6 +220,27 @@ def _peers(
         encoding = Encoding(tier, codecs, count=partial(_count, metrics, name))
         found.append((name, tier, encoding, PeerConnector(hub, address, max_batch=batch)))
     return found
+
+
+def _fleet(
+    config: EngineConfig, hub: Hub, codecs: Codecs, metrics: Metrics
+) -> tuple[str, TierConfig, Encoding, RemoteConnector]:
+    """A tier of whatever peers the controllers name."""
+    if not config.controllers or not config.controller_token_file:
+        raise ConfigError(
+            "ask_directory without controllers", hint="set controllers and controller_token_file"
+        )
+    batch = min(64, hub.channel.capabilities.max_pieces)
+    connector = FleetConnector(
+        instance_name(config),
+        config.controllers,
+        token=read_token(config.controller_token_file),
+        ca_file=config.controller_ca_file,
+        open_peer=partial(PeerConnector, hub, max_batch=batch),
+        max_batch=batch,
+    )
+    tier = TierConfig(url="fleet://", write="never", deadline_s=config.peer_deadline_s)
+    return "fleet", tier, Encoding(tier, codecs, count=partial(_count, metrics, "fleet")), connector
 
 
 def _check_room(config: EngineConfig, layout: ChunkLayout) -> None:

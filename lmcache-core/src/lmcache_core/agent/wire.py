@@ -20,6 +20,7 @@ from lmcache_core.layout import LayoutSpec
 
 VERSION = 1
 PATH = "/v1/sync"
+WHERE_PATH = "/v1/where"
 CONTENT_TYPE = "application/msgpack"
 MAX_BODY_BYTES = 8 << 20
 MAX_KEYS = 65_536
@@ -220,6 +221,7 @@ class Copy(_Order, frozen=True, kw_only=True, tag="copy"):
         source: a tier's name; with ``peer``, ignored.
         peer: address of another instance's channel, whose host tier is read instead; or "".
         pin: hold what comes to host under this name until an `Unpin` of it, at most 600 s; or "".
+        chained: the keys of each kind are a prefix, in order.
     """
 
     source: TierName
@@ -228,6 +230,7 @@ class Copy(_Order, frozen=True, kw_only=True, tag="copy"):
     kinds: tuple[ChunkKind, ...]
     peer: Text = ""
     pin: Annotated[str, Meta(max_length=128)] = ""
+    chained: bool = False
 
 
 class Recode(_Order, frozen=True, kw_only=True, tag="recode"):

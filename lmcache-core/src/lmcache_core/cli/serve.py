@@ -17,15 +17,17 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from lmcache_core.agent.agent import About
 from lmcache_core.chunks import ChunkEngine
 from lmcache_core.config import EngineConfig
+from lmcache_core.joining import join_engine
 from lmcache_core.metrics import Metrics
 from lmcache_core.node import protocol
 from lmcache_core.node.address import Address, Listener, default_path, listen
 from lmcache_core.node.link import greet
 from lmcache_core.node.server import TICK_S, NodeServer
 from lmcache_core.node.wake import Wake
-from lmcache_core.opening import open_chunks
+from lmcache_core.opening import instance_name, open_chunks
 from lmcache_core.sdk import BackendUnavailable, ConfigError
 from lmcache_core.tokens import make_token
 from lmcache_core.transfer.executor import Runtime
@@ -69,6 +71,12 @@ def serve_node(config: EngineConfig, wish: Serving) -> int:
                 engine.close()
                 raise
         server = NodeServer(engine, listeners, wake, token=token)
+        try:
+            _join(engine, server)
+        except BaseException:
+            server.close()
+            engine.close()
+            raise
         with _signals(server.stop) as signals:
             _say_ready(config, listeners, engine, as_json=wish.as_json)
             server.run()
@@ -79,6 +87,23 @@ def serve_node(config: EngineConfig, wish: Serving) -> int:
                 # No more waiting, not even for what runs: as good as killed.
                 return 1
             return 0 if engine.close() and flushed else 1
+
+
+def _join(engine: ChunkEngine, server: NodeServer) -> None:
+    """Tell the controllers of the configuration, if it names some."""
+
+    def about() -> About:
+        name = instance_name(engine.config, node=True)
+        return About(name=name, kind="node", node=lambda: server.incarnation)
+
+    # Its own thread only has the server's look.
+    agent = join_engine(engine, about, turn=lambda: engine.runtime.completions.post(_nothing))
+    if agent is not None:
+        agent.start()
+
+
+def _nothing() -> None:
+    """What wakes the server."""
 
 
 def node_status(address: str, token_file: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class NodeCache:
         self.config = config
         self.metrics = Metrics()
         self.layouts = tuple(layouts)
+        self.owner = threading.RLock()
         self._address = Address.parse(config.node)
         self._log = EventLog()
         self._numbers = 0
@@ -146,6 +147,16 @@ class NodeCache:
         if not ticket.decided:
             return "deadline"
         return ticket.reason
+
+    def eviction(self, key: bytes) -> None:
+        """Not known here."""
+        return None
+
+    @property
+    def incarnation(self) -> str:
+        """Of the server that is there; "" when there is none."""
+        current = self._current
+        return current.link.welcome.incarnation if current is not None else ""
 
     def release(self, ticket: Ticket) -> None:
         """End the ticket: unpin its chunks, want no more of them.  Idempotent."""

@@ -39,6 +39,10 @@ class Lru:
     def __len__(self) -> int:
         return len(self._nodes)
 
+    def resident(self) -> list[bytes]:
+        """Every resident key, longest unused first."""
+        return sorted(self._nodes, key=lambda key: self._nodes[key].seq)
+
     def add(self, key: bytes, parent: bytes | None) -> None:
         """Make ``key`` resident and the most recent; a present key is touched.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from lmcache_core.layout import ChunkLayout
 from lmcache_core.memory.allocator import Allocator
 from lmcache_core.memory.arena import Arena
 from lmcache_core.policy.lru import Lru
+from lmcache_core.policy.shares import Shares, Taken
 from lmcache_core.sdk import Buffer, ContractViolation, ReleaseToken
 
 
@@ -88,7 +89,7 @@ class HostTier:
 
     Args:
         arena: the memory.
-        on_evict: told the key of every chunk that leaves by eviction.
+        on_evict: told the key of every chunk that leaves by eviction, and by which policy.
 
     Attributes:
         on_change: told each key that can be served from now on, and each that no longer can.
@@ -96,12 +97,13 @@ class HostTier:
 
     name = "host"
 
-    def __init__(self, arena: Arena, on_evict: Callable[[bytes], None] | None = None) -> None:
+    def __init__(self, arena: Arena, on_evict: Callable[[bytes, str], None] | None = None) -> None:
         self.arena = arena
         self._allocator = Allocator(arena.nbytes)
         self._chunks: dict[bytes, HostChunk] = {}
         self._lru = Lru()
-        self._on_evict = on_evict or (lambda key: None)
+        self._shares = Shares()
+        self._on_evict = on_evict or (lambda key, policy: None)
         self._pinning = threading.Lock()
         self.on_change: Callable[[bytes, bool], None] = lambda key, present: None
         self.lost_bytes = 0
@@ -169,6 +171,8 @@ class HostTier:
             return
         chunk.state = ChunkState.SEALED
         self._lru.add(chunk.key, chunk.parent)
+        self._shares.count(chunk.key, stored_bytes(chunk.payload_bytes), 1)
+        self._shares.add(chunk.key, chunk.parent)
         self.on_change(chunk.key, True)
 
     def abort(self, chunk: HostChunk) -> None:
@@ -220,7 +224,9 @@ class HostTier:
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """The prefix ``keys`` was used; absent ones are ignored."""
-        self._lru.touch([key for key in keys if key in self._lru])
+        present = [key for key in keys if key in self._lru]
+        self._lru.touch(present)
+        self._shares.touch(present)
 
     def drop(self, keys: Iterable[bytes]) -> int:
         """Forget ``keys`` at once; pinned or WRITING slots are freed when they can be."""
@@ -245,6 +251,39 @@ class HostTier:
     def keys(self) -> list[bytes]:
         """Every key with a slot."""
         return list(self._chunks)
+
+    def resident(self) -> list[bytes]:
+        """Every key that can be served."""
+        return self._lru.resident()
+
+    def shares(self, most: int) -> list[Taken]:
+        """What the largest namespaces take, at most ``most`` of them."""
+        return self._shares.largest(most)
+
+    def limit_shares(self, limits: Mapping[bytes, int]) -> None:
+        """Hold each namespace to so many bytes, by tag, and no others, from the next `trim` on."""
+
+        def resident(tag: bytes) -> list[tuple[bytes, bytes | None]]:
+            keys = [key for key in self._lru.resident() if key.startswith(tag)]
+            return [(key, self._chunks[key].parent) for key in keys]
+
+        self._shares.limit(limits, resident)
+
+    def trim(self) -> None:
+        """Evict the oldest chunks of namespaces that have more than their share; what is pinned
+        stays, and is looked at again."""
+        for tag in self._shares.take_over():
+            candidates = self._shares.victims(tag, self._evictable)
+            while self._shares.surplus(tag) > 0 and (key := next(candidates, None)) is not None:
+                self._evict(key, "quota")
+            candidates.close()
+            if self._shares.surplus(tag) > 0:
+                self._shares.again(tag)
+
+    @property
+    def over_share(self) -> bool:
+        """Whether `trim` may have something to do."""
+        return self._shares.over
 
     def slot(self, chunk: HostChunk) -> memoryview:
         """Header and payload as writable bytes."""
@@ -272,23 +311,29 @@ class HostTier:
 
     def _evict_for(self, nbytes: int) -> int | None:
         for key in self._lru.victims(self._evictable):
-            chunk = self._chunks[key]
-            with self._pinning:
-                if chunk.pins:
-                    continue  # lent since it was looked at
-                self._forget(chunk)
-            self._free(chunk)
-            self._on_evict(key)
-            offset = self._allocator.alloc(nbytes)
-            if offset is not None:
-                return offset
+            if self._evict(key, "lru"):
+                offset = self._allocator.alloc(nbytes)
+                if offset is not None:
+                    return offset
         return None
+
+    def _evict(self, key: bytes, policy: str) -> bool:
+        chunk = self._chunks[key]
+        with self._pinning:
+            if chunk.pins:
+                return False  # lent since it was looked at
+            self._forget(chunk)
+        self._free(chunk)
+        self._on_evict(key, policy)
+        return True
 
     def _forget(self, chunk: HostChunk) -> None:
         if self._chunks.get(chunk.key) is chunk:
             del self._chunks[chunk.key]
             if chunk.key in self._lru:
                 self._lru.remove(chunk.key)
+                self._shares.remove(chunk.key)
+                self._shares.count(chunk.key, -stored_bytes(chunk.payload_bytes), -1)
                 self.on_change(chunk.key, False)
 
     def _free(self, chunk: HostChunk) -> None:

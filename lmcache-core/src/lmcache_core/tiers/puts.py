@@ -41,8 +41,8 @@ class Tier(Protocol):
         """Count under the tier's name."""
         ...
 
-    def delete(self, keys: Sequence[bytes]) -> None:
-        """Remove ``keys`` in the background."""
+    def put_ended(self, keys: Sequence[bytes], doubtful: Sequence[bytes]) -> None:
+        """Puts of ``keys`` have ended; ``doubtful`` may be there or not."""
         ...
 
     def make_room(self, nbytes: int) -> None:
@@ -109,6 +109,14 @@ class Puts:
             done(Status.REJECTED)
             return
         self._waiting.append(_Put(chunk, stored_bytes(chunk.payload_bytes), done, way))
+
+    def take_back(self, meant: Callable[[bytes], bool]) -> int:
+        """Do not start the waiting puts that are ``meant``: they are told MISS; their number."""
+        taken = [put for put in self._waiting if meant(put.chunk.key)]
+        self._waiting = deque(put for put in self._waiting if not meant(put.chunk.key))
+        for put in taken:
+            put.done(Status.MISS)
+        return len(taken)
 
     def drop_first(self) -> None:
         """Room that the first waiting put needs could not be made."""
@@ -201,9 +209,8 @@ class Puts:
                 self._tier.count("stored_bytes", staged.nbytes)
             elif staged.put.way is None:
                 doubtful.append(chunk.key)
-        # The room stays taken until their delete is confirmed.  After a rewrite the chunk is
-        # there in one of its forms, whole: the contract of puts.
-        self._tier.delete(doubtful)
+        # After a rewrite the chunk is there in one of its forms, whole: the contract of puts.
+        self._tier.put_ended([staged.put.chunk.key for staged in batch], doubtful)
         for staged, status in zip(batch, statuses):
             staged.put.done(self._returned(staged, status))
         if self._waiting:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lmcache_core.policy.lru import Lru
+from lmcache_core.policy.shares import Shares
 
 
 class Quota:
@@ -19,14 +20,24 @@ class Quota:
     Args:
         limit_bytes: most bytes to hold; 0 is no limit.
         now_s: the engine's clock.
+        gone: told each key that is no longer held.
 
     Attributes:
         used_bytes: of every key that is or may be on the store.
+        shares: of namespaces in it.
     """
 
-    def __init__(self, limit_bytes: int, now_s: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        now_s: Callable[[], float],
+        gone: Callable[[bytes], None] = lambda key: None,
+    ) -> None:
         self.limit_bytes = limit_bytes
+        self.shares = Shares()
         self._now_s = now_s
+        self._gone = gone
+        self._pins: dict[bytes, int] = {}
         self._used_at_s: dict[bytes, float] = {}
         self.used_bytes = 0
         self._sizes: dict[bytes, int] = {}
@@ -50,6 +61,35 @@ class Quota:
         """Whether a delete of ``key`` is pending."""
         return key in self._leaving
 
+    def is_writing(self, key: bytes) -> bool:
+        """Whether a put of ``key`` is under way."""
+        return key in self._writing
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of keys that eviction leaves alone."""
+        return sum(self._sizes.get(key, 0) for key in self._pins)
+
+    def pin(self, key: bytes) -> None:
+        """Leave ``key`` alone, held or not, until as many `unpin`."""
+        self._pins[key] = self._pins.get(key, 0) + 1
+
+    def unpin(self, key: bytes) -> None:
+        """End one `pin`; without one nothing happens."""
+        left = self._pins.get(key, 0) - 1
+        if left > 0:
+            self._pins[key] = left
+        else:
+            self._pins.pop(key, None)
+
+    def is_resident(self, key: bytes) -> bool:
+        """Whether ``key`` is on the store for sure, as far as we know, and stays."""
+        return key in self._used_at_s and key not in self._leaving
+
+    def resident(self) -> list[bytes]:
+        """Keys that are on the store for sure, as far as we know."""
+        return [key for key in self._used_at_s if key not in self._leaving]
+
     def keys_of(self, tag: bytes, used_before_s: float = math.inf) -> list[bytes]:
         """Held keys that start with ``tag``, not used since ``used_before_s``."""
         used_at_s = self._used_at_s
@@ -69,11 +109,10 @@ class Quota:
 
     def found(self, key: bytes, nbytes: int, used_at_s: float) -> None:
         """``key`` was on the store already; call in order of last use, oldest first."""
-        self._sizes[key] = nbytes
+        self._resize(key, nbytes)
         self._used_at_s[key] = used_at_s
-        self.used_bytes += nbytes
         self._stamp_of[key] = next(self._stamps)
-        self._lru.add(key, None)
+        self._may_go(key, None)
 
     def put_started(self, key: bytes, nbytes: int) -> None:
         """Count at most ``nbytes``, beside those of a key that is held: for a moment both may be
@@ -92,11 +131,12 @@ class Quota:
         if key in self._sizes:
             self._resize(key, nbytes if ok else max(before, nbytes))
         if ok:
-            self._lru.add(key, parent)
+            self._may_go(key, parent)
             self._used_at_s[key] = self._now_s()
 
     def _resize(self, key: bytes, nbytes: int) -> None:
         change = nbytes - self._sizes.get(key, 0)
+        self.shares.count(key, change, key not in self._sizes)
         self._sizes[key] = nbytes
         self.used_bytes += change
         if key in self._leaving:
@@ -108,18 +148,57 @@ class Quota:
             return []
         surplus = self.used_bytes - self._leaving_bytes + nbytes - self.limit_bytes
         victims: list[bytes] = []
-        candidates = self._lru.victims(lambda key: True)
+        candidates = self._lru.victims(self._evictable)
         while surplus > 0 and (key := next(candidates, None)) is not None:
             surplus -= self._sizes[key]
-            self._lru.remove(key)
+            self._may_not_go(key)
             victims.append(key)
         candidates.close()
         return victims
 
+    def choose_over_share(self, most: int) -> list[bytes]:
+        """Oldest keys of namespaces that have more than their share, at most ``most``."""
+        victims: list[bytes] = []
+        for tag in self.shares.take_over():
+            leaving = sum(self._sizes[k] for k in self._leaving if k.startswith(tag))
+            surplus = self.shares.surplus(tag) - leaving
+            candidates = self.shares.victims(tag, self._evictable)
+            while surplus > 0 and len(victims) < most:
+                key = next(candidates, None)
+                if key is None:
+                    break
+                surplus -= self._sizes[key]
+                self._may_not_go(key)
+                victims.append(key)
+            candidates.close()
+            if surplus > 0 and victims:
+                self.shares.again(tag)
+        return victims
+
+    def limit_shares(self, limits: Mapping[bytes, int]) -> None:
+        """See `Shares.limit`."""
+
+        def resident(tag: bytes) -> list[tuple[bytes, None]]:
+            return [(key, None) for key in self._lru.resident() if key.startswith(tag)]
+
+        self.shares.limit(limits, resident)
+
+    def _evictable(self, key: bytes) -> bool:
+        # One that is being rewritten would be there again after its delete.
+        return key not in self._pins and key not in self._writing
+
+    def _may_go(self, key: bytes, parent: bytes | None) -> None:
+        self._lru.add(key, parent)
+        self.shares.add(key, parent)
+
+    def _may_not_go(self, key: bytes) -> None:
+        self._lru.remove(key)
+        self.shares.remove(key)
+
     def delete_started(self, keys: Iterable[bytes]) -> None:
         """``keys`` are leaving; they count until that is confirmed."""
         for key in keys:
-            self._lru.remove(key)
+            self._may_not_go(key)
             if key in self._sizes and key not in self._leaving:
                 self._leaving.add(key)
                 self._leaving_bytes += self._sizes[key]
@@ -130,17 +209,21 @@ class Quota:
             if key in self._leaving:
                 self._leaving.remove(key)
                 self._leaving_bytes -= self._sizes[key]
-                self._lru.add(key, None)
+                self._may_go(key, None)
         self.forget(gone)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """``keys`` are not on the store, unless a put or delete of them is under way."""
         for key in keys:
             if key not in self._leaving and key not in self._writing:
-                self._lru.remove(key)
+                self._may_not_go(key)
                 self._stamp_of.pop(key, None)
                 self._used_at_s.pop(key, None)
-                self.used_bytes -= self._sizes.pop(key, 0)
+                nbytes = self._sizes.pop(key, None)
+                if nbytes is not None:
+                    self.used_bytes -= nbytes
+                    self.shares.count(key, -nbytes, -1)
+                    self._gone(key)
 
     def stamp(self, key: bytes) -> int:
         """Which put of ``key`` counts now; 0 when it is not held."""
@@ -154,5 +237,6 @@ class Quota:
     def touch(self, key: bytes) -> None:
         """``key`` was used."""
         self._lru.touch([key])
+        self.shares.touch([key])
         if key in self._sizes:
             self._used_at_s[key] = self._now_s()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from lmcache_core.config import TierConfig
 from lmcache_core.logs import EventLog
 from lmcache_core.metrics import Metrics
 from lmcache_core.policy.codec_choice import Way
+from lmcache_core.policy.shares import Taken
 from lmcache_core.sdk import (
     GetResult,
     OnExisting,
@@ -32,6 +33,7 @@ from lmcache_core.tiers.encoding import Encoding
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.puts import MAX_BATCH, Puts
 from lmcache_core.tiers.quota import Quota
+from lmcache_core.tiers.removals import Ended, Removals
 from lmcache_core.transfer.executor import Lane, Runtime
 
 
@@ -47,6 +49,8 @@ class RemoteTier:
     Attributes:
         on_change: told each key that was stored here, and each that was deleted.
         on_lost: told a slot that native code may still touch.
+        on_evict: told keys that are deleted to make room, and by which policy.
+        removals: its deletes.
     """
 
     def __init__(
@@ -75,8 +79,18 @@ class RemoteTier:
         self.on_lost: Callable[[HostChunk], None] = lambda slot: None
         self._unreadable: set[bytes] = set()
         self._absent: OrderedDict[bytes, float] = OrderedDict()
-        self._quota = Quota(config.size_bytes, runtime.now_s)
+        self.on_evict: Callable[[Sequence[bytes], str], None] = lambda keys, policy: None
+        self._quota = Quota(
+            config.size_bytes, runtime.now_s, gone=lambda key: self.on_change(key, False)
+        )
         self._max_batch = max(1, min(connector.capabilities.max_batch, MAX_BATCH))
+        self.removals = Removals(
+            connector,
+            self._calls,
+            self._quota,
+            max_batch=self._max_batch,
+            after=self._after_deletes,
+        )
         self._puts = Puts(self, host, runtime, self._calls, self._quota, encoding)
 
     def count(self, event: str, amount: int = 1) -> None:
@@ -103,6 +117,25 @@ class RemoteTier:
         """Bytes that are or may be on the store, as far as we know."""
         return self._quota.used_bytes
 
+    @property
+    def max_batch(self) -> int:
+        """Most keys in one call."""
+        return self._max_batch
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes store there too."""
+        return self.connector.capabilities.sharing is not Sharing.PROCESS
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of chunks here that eviction leaves alone."""
+        return self._quota.pinned_bytes
+
+    def shares(self, most: int) -> list[Taken]:
+        """What the largest namespaces take, at most ``most`` of them."""
+        return self._quota.shares.largest(most)
+
     def stored_size(self, key: bytes) -> int:
         """Bytes that ``key`` takes on the store, as far as we know; 0 when it is not there."""
         return self._quota.size(key)
@@ -128,6 +161,10 @@ class RemoteTier:
         """Whether ``key`` is stored here to stay, or on its way here, as far as we know."""
         stays = key in self._quota and not self._quota.is_leaving(key)
         return (stays and key not in self._unreadable) or key in self._puts
+
+    def has(self, key: bytes) -> bool:
+        """Whether ``key`` is stored here, confirmed and to stay, as far as we know."""
+        return self._quota.is_resident(key) and key not in self._unreadable
 
     def exists(self, keys: Sequence[bytes], done: Callable[[list[bool], str], None]) -> None:
         """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order, and why the
@@ -301,26 +338,48 @@ class RemoteTier:
         """Start the queued puts that fit; have older chunks deleted for the others."""
         self._puts.start()
 
-    def delete(self, keys: Sequence[bytes]) -> None:
-        """Remove ``keys`` in the background; their room is free once that is confirmed."""
-        for start in range(0, len(keys), self._max_batch):
-            batch = list(keys[start : start + self._max_batch])
-            self._quota.delete_started(batch)
-            self._calls.start(
-                "delete",
-                Lane.STORE,
-                len(batch),
-                partial(self.connector.delete, batch),
-                partial(self._deleted, batch),
-            )
+    def delete(self, keys: Sequence[bytes], ended: Ended = lambda kept: None) -> None:
+        """Remove ``keys`` in the background; their room is free once that is confirmed.
+
+        A key that is being put goes when that has ended.  ``ended`` is told, once, which are still
+        there.
+        """
+        self.removals.remove(keys, ended)
+
+    def take_back(self, meant: Callable[[bytes], bool]) -> int:
+        """Have no put start that waits; their number.  Each is told MISS."""
+        return self._puts.take_back(meant)
+
+    def pin(self, key: bytes) -> None:
+        """Never evict ``key``, until as many `unpin`; it need not be here."""
+        self._quota.pin(key)
+
+    def unpin(self, key: bytes) -> None:
+        """End one `pin`."""
+        self._quota.unpin(key)
+
+    def limit_shares(self, limits: Mapping[bytes, int]) -> None:
+        """Hold each namespace to so many bytes, by tag, and no others: what goes over it lasts
+        until its oldest chunks are deleted."""
+        self._quota.limit_shares(limits)
+
+    def resident(self) -> list[bytes]:
+        """Keys that are here for sure, as far as we know."""
+        return self._quota.resident()
 
     def keys_of(self, tag: bytes, *, unused_for_s: float = 0.0) -> list[bytes]:
         """Known keys of one namespace tag, b"" for all, that were not used for so long."""
         return self._quota.keys_of(tag, self._runtime.now_s() - unused_for_s)
 
     def tick(self) -> None:
-        """Notice overdue calls; called in every poll."""
+        """Notice overdue calls, and namespaces over their share; called in every poll."""
         self._calls.tick()
+        if self._quota.shares.over:
+            victims = self._quota.choose_over_share(self._max_batch)
+            if victims:
+                self.count("evicted", len(victims))
+                self.on_evict(victims, "quota")
+                self.delete(victims)
 
     def close(self, timeout_s: float) -> bool:
         """Close executor and connector, each within its limit; False when a call still runs."""
@@ -348,13 +407,16 @@ class RemoteTier:
         victims = self._quota.choose_victims(nbytes)
         if victims:
             self.count("evicted", len(victims))
+            self.on_evict(victims, "lru")
             self.delete(victims)
 
-    def _deleted(self, keys: Sequence[bytes], statuses: Sequence[Status]) -> None:
-        gone = [key for key, status in zip(keys, statuses) if status is Status.OK]
-        self._quota.delete_ended(keys, gone)
-        for key in gone:
-            self.on_change(key, False)
-        if len(gone) < len(keys):
+    def put_ended(self, keys: Sequence[bytes], doubtful: Sequence[bytes]) -> None:
+        """Puts of ``keys`` have ended; ``doubtful`` may be there or not."""
+        # The room stays taken until their delete is confirmed.
+        self.delete(doubtful)
+        self.removals.put_ended(keys)
+
+    def _after_deletes(self, all_gone: bool) -> None:
+        if not all_gone:
             self._puts.drop_first()
         self._puts.start()

@@ -32,8 +32,10 @@ class TierStack:
             tier.exists(keys, partial(answered, position))
 
     def delete(self, keys: Sequence[bytes]) -> None:
-        """Remove ``keys`` everywhere, in the background."""
+        """Remove ``keys`` everywhere, in the background, also those that are to be put."""
+        meant = set(keys).__contains__
         for tier in self.writable:
+            tier.take_back(meant)
             tier.delete(keys)
 
     def delete_tag(self, tag: bytes) -> None:

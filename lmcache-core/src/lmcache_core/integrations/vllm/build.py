@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from lmcache_core.agent.agent import About, Agent
+from lmcache_core.agent.wire import Kind
 from lmcache_core.cache import Cache, EmbeddedCache
 from lmcache_core.config import EngineConfig
 from lmcache_core.integrations.vllm.axes import page_axes
 from lmcache_core.integrations.vllm.disaggregation import Disaggregation
 from lmcache_core.integrations.vllm.geometry import Geometry, Group
 from lmcache_core.integrations.vllm.identity import engine_namespace
+from lmcache_core.integrations.vllm.model import served_model, tokenizer_of
 from lmcache_core.integrations.vllm.scheduler import Scheduler
 from lmcache_core.integrations.vllm.worker import Worker
+from lmcache_core.joining import join_client, join_engine
 from lmcache_core.keys import Namespace
 from lmcache_core.logs import logger
-from lmcache_core.opening import open_chunks, transport_of
+from lmcache_core.opening import instance_name, open_chunks, transport_of
 from lmcache_core.sdk import ConfigError
 from lmcache_core.settings import load_config
 from lmcache_core.transport.transport import Transport
@@ -169,17 +173,33 @@ def build_scheduler(
             "model, weights and engine": found[0].tag.hex(),
         }
 
+    schedulers: list[Scheduler] = []
+
+    def about(kind: Kind, node: Callable[[], str] = lambda: "") -> About:
+        return About(
+            name=instance_name(plan.config),
+            kind=kind,
+            node=node,
+            models=(served_model(vllm_config, plan.config, plan.geometry, found[0]),),
+            tokenize=tokenizer_of(vllm_config),
+            explain=lambda request_id: schedulers[0].explain(request_id),
+        )
+
     cache: Cache
+    agent: Agent | None
     transport: Transport | None = None
     if plan.config.node:
         from lmcache_core.node.client import connect
 
         identify()
-        cache = connect(plan.config, layouts)
+        node = connect(plan.config, layouts)
+        cache = node
+        agent = join_client(about("engine", lambda: node.incarnation), plan.config, node)
     else:
         # The weights are hashed while the arena is being prefaulted.
         engine = open_chunks(plan.config, layouts=layouts, meanwhile=identify, identity=identity)
         transport = transport_of(engine)
+        agent = join_engine(engine, lambda: about("embedded"))
         if plan.config.prefault:
             # Page faults in the first requests would cost more than they do now.
             engine.host.arena.wait_prefaulted(PREFAULT_LIMIT_S)
@@ -203,13 +223,16 @@ def build_scheduler(
         may_prefill=role != "kv_consumer",
         may_decode=role != "kv_producer",
     )
-    return Scheduler(
+    scheduler = Scheduler(
         cache,
         namespace=found[0],
         geometry=plan.geometry,
         events=events,
         disaggregation=disaggregation,
+        agent=agent,
     )
+    schedulers.append(scheduler)
+    return scheduler
 
 
 def build_worker(plan: Plan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Worker:

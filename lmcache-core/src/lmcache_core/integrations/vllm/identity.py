@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +95,20 @@ def model_directory(vllm_config: VllmConfig) -> Path:
 
 
 class RequestIdentity:
-    """The namespace of each request: tenant salt and LoRA adapter by content."""
+    """The namespace of each request: tenant salt and LoRA adapter by content.
 
-    def __init__(self, engine: Namespace) -> None:
+    Args:
+        on_new: told a namespace with its salt and the adapter's digest when it is made.
+    """
+
+    def __init__(
+        self,
+        engine: Namespace,
+        *,
+        on_new: Callable[[Namespace, str | None, str], None] = lambda namespace, salt, lora: None,
+    ) -> None:
         self._engine = engine
+        self._on_new = on_new
         self._cache = FileDigestCache(None)
         self._adapters: dict[tuple[int, str], str] = {}
         self._known: dict[tuple[str | None, str], Namespace] = {}
@@ -124,6 +135,7 @@ class RequestIdentity:
             if adapter:
                 extra["lora"] = adapter
             self._known[key] = self._engine.derive(**extra) if extra else self._engine
+            self._on_new(self._known[key], *key)
         return self._known[key], ""
 
     def _adapter(self, lora: Any) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lmcache_core.cache import Cache
 from lmcache_core.envelope import stored_bytes
 from lmcache_core.integrations.vllm.geometry import Geometry
+from lmcache_core.integrations.vllm.history import RequestHistory
 from lmcache_core.integrations.vllm.identity import RequestIdentity
 from lmcache_core.integrations.vllm.matches import Match
 from lmcache_core.keys import ChunkHasher, Namespace
@@ -68,6 +69,21 @@ class Tracked:
 NewKeys = Callable[[Tracked, int], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watchers:
+    """Who is told what lookups learn; each in the scheduler's thread.
+
+    Attributes:
+        keys: a request has more keys, from a number on.
+        namespace: with its salt and its adapter's digest, when it is used first.
+        saved: key of a request's first chunk, tokens that are loaded for it, chunks of its hit.
+    """
+
+    keys: NewKeys = lambda tracked, before: None
+    namespace: Callable[[Namespace, str | None, str], None] = lambda namespace, salt, lora: None
+    saved: Callable[[bytes, int, int], None] = lambda first_key, tokens, chunks: None
+
+
 class Lookups:
     """The live requests by id.
 
@@ -85,14 +101,15 @@ class Lookups:
         namespace: Namespace,
         geometry: Geometry,
         *,
-        on_keys: NewKeys = lambda tracked, before: None,
+        watchers: Watchers | None = None,
     ) -> None:
         self._cache = cache
         self._geometry = geometry
         self._chunk_size = geometry.chunk_size
-        self._on_keys = on_keys
-        self._identity = RequestIdentity(namespace)
+        self._watchers = watchers or Watchers()
+        self._identity = RequestIdentity(namespace, on_new=self._watchers.namespace)
         self._misses = MissLog()
+        self.history = RequestHistory(cache)
         self._hashers: dict[bytes, ChunkHasher] = {}
         self._refused: set[str] = set()
         self._ahead_bytes = 0
@@ -186,7 +203,7 @@ class Lookups:
 
     def reset(self, namespace: Namespace) -> None:
         """The engine has another namespace: what is live caches nothing more."""
-        self._identity = RequestIdentity(namespace)
+        self._identity = RequestIdentity(namespace, on_new=self._watchers.namespace)
         for tracked in self.live.values():
             self.release(tracked)
             tracked.frozen = True
@@ -199,7 +216,7 @@ class Lookups:
             tokens = tracked.request.all_token_ids[: whole * size]
             tracked.digests = tracked.hasher.extend(tracked.digests, tokens)
             tracked.keys += [self._key(tracked, digest) for digest in tracked.digests[before:]]
-            self._on_keys(tracked, before)
+            self._watchers.keys(tracked, before)
         if self._store_partial or tracked.exact:
             self._find_tail(tracked)
 
@@ -215,6 +232,8 @@ class Lookups:
                 at = upto
         for tier, tokens in tracked.cached_tokens.items():
             self._count(f"hit_tokens.{tier}", tokens)
+        if tracked.keys:
+            self._watchers.saved(tracked.keys[0], n, match.end)
 
     def _key(self, tracked: Tracked, digest: bytes) -> bytes:
         return tracked.hasher.namespace.tag + digest + self._geometry.kinds[0].suffix
@@ -301,6 +320,7 @@ class Lookups:
                 first_chunk, tracked.hasher.namespace
             )
             self._cache.metrics.counter(f"miss.{reason}").inc(missing)
+        self.history.add(request.request_id, match, reason)
         logger.debug(
             "lookup request_id=%s tokens=%d hit_tokens=%d missed_chunks=%d reason=%s wait_s=%.4f",
             request.request_id, request.num_tokens, matched, missing, reason or "none", waited_s,

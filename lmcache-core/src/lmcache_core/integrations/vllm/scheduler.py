@@ -7,16 +7,19 @@ every worker has confirmed its copy.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import uuid
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from lmcache_core.agent.agent import Agent
+from lmcache_core.agent.wire import MissRow, NamespaceNote, tenant_id
 from lmcache_core.cache import Cache
 from lmcache_core.integrations.vllm.disaggregation import Disaggregation
 from lmcache_core.integrations.vllm.geometry import Geometry
-from lmcache_core.integrations.vllm.lookups import Lookups
+from lmcache_core.integrations.vllm.lookups import Lookups, Watchers
 from lmcache_core.integrations.vllm.matches import Match
 from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, WorkerMetadata
 from lmcache_core.integrations.vllm.stores import BlockTables, Stores
@@ -33,6 +36,19 @@ if TYPE_CHECKING:
 
 IDLE_WAIT_S = 0.001
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _owned(method: _Method) -> _Method:
+    """Have the caller be the cache's owner: the agent's thread is, while the engine is idle."""
+
+    @functools.wraps(method)
+    def owned(self: Scheduler, *args: Any) -> Any:
+        with self.cache.owner:
+            return method(self, *args)
+
+    return cast(_Method, owned)
+
 
 class Scheduler:
     """Scheduler half of the connector.
@@ -42,6 +58,7 @@ class Scheduler:
         namespace: of the engine.
         events: collect KV cache events for `take_events`.
         disaggregation: prompts that go to or come from other engines; None without a channel.
+        agent: tells controllers; owned, started here.
     """
 
     def __init__(
@@ -52,17 +69,14 @@ class Scheduler:
         geometry: Geometry,
         events: bool = False,
         disaggregation: Disaggregation | None = None,
+        agent: Agent | None = None,
     ) -> None:
         self.cache = cache
         self._namespace = namespace
         self._geometry = geometry
         self._events = self._collect_events() if events else None
-        self._lookups = Lookups(
-            cache,
-            namespace,
-            geometry,
-            on_keys=self._events.saw if self._events else lambda tracked, before: None,
-        )
+        self._agent = agent
+        self._lookups = Lookups(cache, namespace, geometry, watchers=self._watchers())
         self._deltas = Deltas(cache.metrics)
         self._job_id: Callable[[], int] = partial(next, itertools.count(1))
         self._stores = Stores(cache, geometry, self._lookups, self._job_id)
@@ -73,7 +87,10 @@ class Scheduler:
         self._new_loads: list[Job] = []
         self._reports = WorkerMetadata()
         self._running: set[str] = set()
+        if agent is not None:
+            agent.start()
 
+    @_owned
     def arrived(self, request: Request) -> None:
         """A request came: its prefix starts to move to host while it waits for its turn."""
         self.cache.poll()
@@ -87,6 +104,7 @@ class Scheduler:
         if not self._transfers.expects(request.request_id):
             self._lookups.arrived(request)
 
+    @_owned
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """How many tokens after ``computed`` can be loaded; None asks again later."""
         self.cache.poll()
@@ -106,6 +124,7 @@ class Scheduler:
             tracked.parked = True
         return matched, tracked.parked
 
+    @_owned
     def allocated(self, request: Request, blocks: KVCacheBlocks, matched: int) -> None:
         """Pages were given to the request: plan the load of ``matched`` tokens."""
         tracked = self._lookups.live.get(request.request_id)
@@ -124,6 +143,7 @@ class Scheduler:
         self._loading[job.job_id] = (request.request_id, match)
         self._new_loads.append(job)
 
+    @_owned
     def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
         """What the workers move in this step, and which pages it may overwrite."""
         self.cache.poll()
@@ -150,6 +170,7 @@ class Scheduler:
             self.cache.wait(IDLE_WAIT_S)
         return meta
 
+    @_owned
     def update(self, output: KVConnectorOutput) -> None:
         """Confirmations of the workers."""
         report = output.kv_connector_worker_meta
@@ -166,6 +187,7 @@ class Scheduler:
             elif job_id in self._stores:
                 self._stores.confirmed(job_id, failed=failed > 0)
 
+    @_owned
     def finished(self, request: Request) -> dict[str, Any] | None:
         """The request ended or was aborted; what its response says about us."""
         self._running.discard(request.request_id)
@@ -179,18 +201,22 @@ class Scheduler:
             told["transfer"] = transfer
         return {"lmcache": told}
 
+    @_owned
     def stats(self) -> Recent:
         """What was counted since the last call."""
         return self._deltas.take()
 
+    @_owned
     def take_events(self) -> list[Any]:
         """KV cache events since the last call; empty unless they are collected."""
         return self._events.take() if self._events else []
 
+    @_owned
     def has_pending_work(self) -> bool:
         """Whether an idle engine must go on stepping for confirmations to come in."""
         return bool(self._stores) or self.cache.settling
 
+    @_owned
     def reset(self) -> bool:
         """Weights may have changed: nothing stored before is served, a new epoch starts.
 
@@ -203,13 +229,36 @@ class Scheduler:
             self._events.cleared()
         return True
 
+    def explain(self, request_id: str) -> list[MissRow] | None:
+        """See `RequestHistory.explain`; the owner's lock is held."""
+        return self._lookups.history.explain(request_id)
+
     def close(self) -> None:
         """Flush and close the cache."""
+        if self._agent is not None:
+            # Its thread takes turns as the owner: not while it is waited for.
+            self._agent.close()
+        with self.cache.owner:
+            self._close()
+
+    def _close(self) -> None:
         for tracked in self._lookups.live.values():
             self._lookups.release(tracked)
         for _, match in self._loading.values():
             match.release()
         self.cache.close()
+
+    def _watchers(self) -> Watchers:
+        keys = self._events.saw if self._events else lambda tracked, before: None
+        agent = self._agent
+        if agent is None:
+            return Watchers(keys=keys)
+        base = self._namespace.tag
+
+        def namespace(used: Namespace, salt: str | None, lora: str) -> None:
+            agent.saw_namespace(NamespaceNote(used.tag, base, tenant_id(salt), lora))
+
+        return Watchers(keys=keys, namespace=namespace, saved=agent.saved)
 
     def _collect_events(self) -> KvEvents:
         from lmcache_core.integrations.vllm.events import KvEvents
