@@ -56,6 +56,7 @@ class ControllerLink:
             except (OSError, ssl.SSLError) as error:
                 raise ConfigError(f"{ca_file} has no certificates: {error}") from error
         self._open: http.client.HTTPConnection | None = None
+        self._aborted = False
 
     def request(
         self,
@@ -84,25 +85,29 @@ class ControllerLink:
                 return self._once(method, path, body, sent, timeout_s)
             except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError) as error:
                 failed = self._failed(error)
-                if last:
+                if last or self._aborted:
                     raise failed from error
             except (OSError, http.client.HTTPException) as error:
                 raise self._failed(error) from error
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Close the connection; the next request opens another.  From any thread: a request in
-        flight then fails."""
+        """Close the connection; the next request opens another."""
         connection, self._open = self._open, None
-        if connection is None:
-            return
-        sock = connection.sock
+        if connection is not None:
+            connection.close()
+
+    def abort(self) -> None:
+        """Break off a request that is in flight in another thread, which is told that it failed;
+        there will be no other."""
+        self._aborted = True
+        connection = self._open
+        sock = connection.sock if connection is not None else None
         if sock is not None:
             try:
                 sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # the other side was first
-        connection.close()
 
     def _once(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout_s: float

@@ -71,7 +71,7 @@ class Link:
     def stop(self) -> None:
         """End; a request that waits is broken off."""
         self._stopping.set()
-        self._http.close()
+        self._http.abort()
 
     def answer(self, answer: wire.Answer) -> None:
         """To a question of this controller; from any thread."""
@@ -84,7 +84,7 @@ class Link:
                 reply = self._sync()
             except (LMCacheError, msgspec.MsgspecError, ValueError) as error:
                 if self._stopping.is_set():
-                    return
+                    break
                 self._lost(error)
                 self._stopping.wait(retry_s * random.uniform(0.5, 1.0))
                 retry_s = min(retry_s * 2, MAX_RETRY_S)
@@ -97,6 +97,7 @@ class Link:
                 self._take(reply)
             if self._agent.active and not self._answers:
                 self._stopping.wait(ACTIVE_SYNC_S)
+        self._http.close()
 
     def _sync(self) -> wire.Reply | None:
         """One round; None while all is to be said and the owner has not said it."""
