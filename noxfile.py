@@ -236,6 +236,17 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def controller_e2e(session: nox.Session) -> None:
+    """Every operation of the controller on two engines and a node server, with both kinds of state;
+    then each process is killed.  Writes build/controller.json."""
+    python = vllm_python(session)
+    session.run("python3.11", "tools/demo.py", "--model-only", external=True)
+    script = ("lmcache-core/tests/e2e/controller_e2e.py", "--out", "build/controller.json")
+    model = ("--model", "build/models/SmolLM2-135M-Instruct")
+    session.run(python, *script, *model, *session.posargs, external=True)
+
+
+@nox.session(python=False)
 def gpu(session: nox.Session) -> None:
     """Page copies on a CUDA device; elsewhere on the fake one, and what did not run is named.
 

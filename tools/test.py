@@ -17,6 +17,7 @@ VENV = ROOT / "build" / "venv-nox"
 SESSIONS = (
     "lint", "types", "imports", "api", "unit", "wheels", "stores", "conformance", "codecs",
     "third_party", "mutants", "vllm", "codec_report", "gpu", "soak", "demo",
+    "controller_e2e",
 )
 # fmt: on
 OPTIONS = {"mutants": ("--", "--wrong-only")}

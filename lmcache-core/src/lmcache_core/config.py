@@ -130,6 +130,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         instance: our name there, unique; "" is the host's name and the process's number, or for a
             node server the host's name.
         ask_directory: ask the controllers which engines have what is missing here; needs a channel.
+        tracing: record OpenTelemetry spans of lookups, loads and stores.
         max_pinned_bytes: host memory that pins of controllers may keep; 0 takes half of the tier.
         drain_timeout_s: how long a node server that is told to stop waits for its sessions,
             and then for the tiers below host.
@@ -177,6 +178,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     instance: str = ""
     ask_directory: bool = False
     max_pinned_bytes: int = 0
+    tracing: bool = False
     drain_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:

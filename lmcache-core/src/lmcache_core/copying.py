@@ -29,7 +29,8 @@ class Copying:
         runs: the chunks.
         source: name of a tier, or a tier that is only for this order, such as a peer.
         target: name of a tier.
-        landed: told each chunk that is in host now for this order's sake, pinned for the call.
+        landed: told each chunk that is in host now for this order's sake, pinned for the call; with
+            it host may be source and target.
 
     Attributes:
         held: keys that ``target`` has.
@@ -48,14 +49,14 @@ class Copying:
         *,
         source: str | RemoteTier,
         target: str,
-        landed: Callable[[HostChunk], None] = lambda chunk: None,
+        landed: Callable[[HostChunk], None] | None = None,
     ) -> None:
         self._engine = engine
         self._host = engine.host
         self._from = self._tier(source) if isinstance(source, str) else source
         self._to = self._tier(target)
-        self._landed = landed
-        if self._from is self._to:
+        self._landed = landed or (lambda chunk: None)
+        if self._from is self._to and not (landed and self._to is None):
             raise ConfigError(f"{source} and {target} are one tier", hint="name two tiers")
         if self._to is not None and self._to.config.write == "never":
             raise Unsupported(f"tier {target} is only read", hint="set write: through")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from lmcache_core import plugins
@@ -53,16 +54,10 @@ def join_engine(
             finally:
                 engine.owner.release()
 
-    found = about()
     transport = transport_of(engine)
-    complete = About(
-        name=found.name,
-        kind=found.kind,
+    complete = replace(
+        about(),
         channel=transport.address if transport is not None else "",
-        node=found.node,
-        models=found.models,
-        tokenize=found.tokenize,
-        explain=found.explain,
         backends=_backends(config),
         urls={tier.name: redact(tier.config.url) for tier in engine.tiers.readable},
     )

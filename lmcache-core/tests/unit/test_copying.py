@@ -183,3 +183,20 @@ def test_a_tier_that_is_only_read_is_no_target(make: Make) -> None:
     engine = make(Scripted(), tier=msgspec.structs.replace(TIER, write="never"))
     with pytest.raises(Unsupported, match="only read"):
         copy(engine, [], "host", "t0")
+
+
+def test_host_to_host_finds_what_is_there_to_be_held(make: Make) -> None:
+    """How chunks that another engine is to read are kept for it."""
+    engine = make(Scripted())
+    keys = engine.keys(prompt(1, 3))
+    engine.store(prompt(1, 2), Pages(1))
+    landed: list[bytes] = []
+    copying = Copying(
+        engine,
+        [Run(keys, LAYOUT)],
+        source="host",
+        target="host",
+        landed=lambda chunk: landed.append(chunk.key),
+    )
+    run(engine, copying)
+    assert landed == copying.held == keys[:2] and copying.failed == {"absent": 1}

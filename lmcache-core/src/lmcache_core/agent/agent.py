@@ -37,6 +37,7 @@ class About:
         name: unique among all that meet at a controller.
         channel: where peers reach it, or "".
         node: incarnation of the node server that holds its cache; asked whenever it is told.
+        incarnation: of this process, where it has one already; a node server's engines know it.
         models: what it serves; a node server serves none of its own.
         tokenize: token ids of a text, as a prompt has them; None where there is no tokenizer.  On a
             thread of the agent.
@@ -49,6 +50,7 @@ class About:
     kind: wire.Kind
     channel: str = ""
     node: Callable[[], str] = lambda: ""
+    incarnation: str = ""
     models: tuple[wire.Model, ...] = ()
     tokenize: Callable[[str], list[int]] | None = None
     explain: Callable[[str], list[wire.MissRow] | None] | None = None
@@ -91,7 +93,7 @@ class Agent:
         sync_s: float,
     ) -> None:
         self.about = about
-        self.incarnation = secrets.token_hex(8)
+        self.incarnation = about.incarnation or secrets.token_hex(8)
         self._engine = engine
         self.metrics = metrics
         self._turn = turn

@@ -183,8 +183,7 @@ class Orders:
         until_s = self._engine.now_s() + COPY_PIN_S
 
         def landed(chunk: HostChunk) -> None:
-            if order.pin:
-                self._pins.hold(order.pin, chunk, until_s=until_s)
+            self._pins.hold(order.pin, chunk, until_s=until_s)
 
         peer = self._open_peer(order.peer) if order.peer else None
         copying = Copying(
@@ -192,7 +191,7 @@ class Orders:
             runs,
             source=order.source if peer is None else peer,
             target=order.target,
-            landed=landed,
+            landed=landed if order.pin else None,
         )
         return _CopyWork(order.id, copying, peer)
 

@@ -94,7 +94,7 @@ def _join(engine: ChunkEngine, server: NodeServer) -> None:
 
     def about() -> About:
         name = instance_name(engine.config, node=True)
-        return About(name=name, kind="node", node=lambda: server.incarnation)
+        return About(name=name, kind="node", incarnation=server.incarnation)
 
     # Its own thread only has the server's look.
     agent = join_engine(engine, about, turn=lambda: engine.runtime.completions.post(_nothing))

@@ -27,6 +27,7 @@ from lmcache_core.logs import logger
 from lmcache_core.opening import instance_name, open_chunks, transport_of
 from lmcache_core.sdk import ConfigError
 from lmcache_core.settings import load_config
+from lmcache_core.tracing import make_tracer
 from lmcache_core.transport.transport import Transport
 
 if TYPE_CHECKING:
@@ -230,6 +231,7 @@ def build_scheduler(
         events=events,
         disaggregation=disaggregation,
         agent=agent,
+        tracer=make_tracer(plan.config.tracing),
     )
     schedulers.append(scheduler)
     return scheduler

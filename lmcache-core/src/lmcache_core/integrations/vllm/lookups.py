@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lmcache_core import tracing
 from lmcache_core.cache import Cache
 from lmcache_core.envelope import stored_bytes
 from lmcache_core.integrations.vllm.geometry import Geometry
@@ -44,6 +45,7 @@ class Tracked:
         elsewhere: it is computed by another engine: all of the prompt may be loaded.
         load_failed: a load failed, so it is prefilled and not offered another.
         cached_tokens: loaded for it, by tier.
+        span: of its lookup, while that is traced.
     """
 
     request: Request
@@ -64,6 +66,7 @@ class Tracked:
     frozen: bool = False
     load_failed: bool = False
     cached_tokens: dict[str, int] = field(default_factory=dict)
+    span: tracing.Span = tracing.NO_SPAN
 
 
 NewKeys = Callable[[Tracked, int], None]
@@ -102,11 +105,13 @@ class Lookups:
         geometry: Geometry,
         *,
         watchers: Watchers | None = None,
+        tracer: tracing.Tracer = tracing.NO_TRACER,
     ) -> None:
         self._cache = cache
         self._geometry = geometry
         self._chunk_size = geometry.chunk_size
         self._watchers = watchers or Watchers()
+        self._tracer = tracer
         self._identity = RequestIdentity(namespace, on_new=self._watchers.namespace)
         self._misses = MissLog()
         self.history = RequestHistory(cache)
@@ -156,7 +161,17 @@ class Lookups:
             return 0
         if tracked.frozen or tracked.load_failed:
             return 0
-        tracked.asked_s = tracked.asked_s or self._cache.now_s()
+        if not tracked.asked_s:
+            tracked.asked_s = self._cache.now_s()
+            if self._tracer.enabled:
+                tracked.span = self._tracer.start(
+                    "lmcache.lookup",
+                    parent=request.trace_headers,
+                    attributes={
+                        tracing.REQUEST_ID: request.request_id,
+                        tracing.PROMPT_TOKENS: request.num_tokens,
+                    },
+                )
         usable = self._usable(tracked)
         if computed >= usable:
             self.release(tracked)
@@ -197,6 +212,7 @@ class Lookups:
         self._refused.discard(request_id)
         tracked = self.live.pop(request_id, None)
         if tracked is not None:
+            tracked.span.end("aborted")
             self.release(tracked)
             self._cache.touch(tracked.keys)
         return tracked
@@ -321,6 +337,10 @@ class Lookups:
             )
             self._cache.metrics.counter(f"miss.{reason}").inc(missing)
         self.history.add(request.request_id, match, reason)
+        tracked.span.set(tracing.HIT_TOKENS, matched)
+        if reason:
+            tracked.span.set(tracing.MISS_REASON, reason)
+        tracked.span.end()
         logger.debug(
             "lookup request_id=%s tokens=%d hit_tokens=%d missed_chunks=%d reason=%s wait_s=%.4f",
             request.request_id, request.num_tokens, matched, missing, reason or "none", waited_s,

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from lmcache_core import tracing
 from lmcache_core.agent.agent import Agent
 from lmcache_core.agent.wire import MissRow, NamespaceNote, tenant_id
 from lmcache_core.cache import Cache
 from lmcache_core.integrations.vllm.disaggregation import Disaggregation
 from lmcache_core.integrations.vllm.geometry import Geometry
-from lmcache_core.integrations.vllm.lookups import Lookups, Watchers
+from lmcache_core.integrations.vllm.lookups import Lookups, Tracked, Watchers
 from lmcache_core.integrations.vllm.matches import Match
 from lmcache_core.integrations.vllm.metadata import Job, Span, StepMetadata, WorkerMetadata
 from lmcache_core.integrations.vllm.stores import BlockTables, Stores
@@ -59,6 +60,7 @@ class Scheduler:
         events: collect KV cache events for `take_events`.
         disaggregation: prompts that go to or come from other engines; None without a channel.
         agent: tells controllers; owned, started here.
+        tracer: of lookups, loads and stores.
     """
 
     def __init__(
@@ -70,20 +72,24 @@ class Scheduler:
         events: bool = False,
         disaggregation: Disaggregation | None = None,
         agent: Agent | None = None,
+        tracer: tracing.Tracer = tracing.NO_TRACER,
     ) -> None:
         self.cache = cache
         self._namespace = namespace
         self._geometry = geometry
         self._events = self._collect_events() if events else None
         self._agent = agent
-        self._lookups = Lookups(cache, namespace, geometry, watchers=self._watchers())
+        self._lookups = Lookups(
+            cache, namespace, geometry, watchers=self._watchers(), tracer=tracer
+        )
         self._deltas = Deltas(cache.metrics)
         self._job_id: Callable[[], int] = partial(next, itertools.count(1))
-        self._stores = Stores(cache, geometry, self._lookups, self._job_id)
+        self._stores = Stores(cache, geometry, self._lookups, self._job_id, tracer=tracer)
+        self._tracer = tracer
         self._transfers = disaggregation or Disaggregation(
             cache, None, geometry, may_prefill=False, may_decode=False
         )
-        self._loading: dict[int, tuple[str, Match]] = {}
+        self._loading: dict[int, tuple[str, Match, tracing.Span]] = {}
         self._new_loads: list[Job] = []
         self._reports = WorkerMetadata()
         self._running: set[str] = set()
@@ -140,7 +146,7 @@ class Scheduler:
         # They are in host, or were a moment ago: not to be asked about again.
         tracked.offered = max(tracked.offered, min(match.end, len(tracked.keys)))
         job = Job(self._job_id(), request.request_id, tuple(spans), tracked.parked)
-        self._loading[job.job_id] = (request.request_id, match)
+        self._loading[job.job_id] = (request.request_id, match, self._load_span(tracked, matched))
         self._new_loads.append(job)
 
     @_owned
@@ -244,8 +250,9 @@ class Scheduler:
     def _close(self) -> None:
         for tracked in self._lookups.live.values():
             self._lookups.release(tracked)
-        for _, match in self._loading.values():
+        for _, match, span in self._loading.values():
             match.release()
+            span.end("closed")
         self.cache.close()
 
     def _watchers(self) -> Watchers:
@@ -272,9 +279,10 @@ class Scheduler:
         return events
 
     def _loaded(self, job_id: int, *, failed: bool) -> None:
-        req_id, match = self._loading.pop(job_id)
+        req_id, match, span = self._loading.pop(job_id)
         loaded = match.keys
         match.release()
+        span.end("load_failed" if failed else "")
         if not failed:
             return
         self.cache.metrics.counter("vllm.load_failed").inc(len(loaded))
@@ -283,6 +291,19 @@ class Scheduler:
         for tracked in self._lookups.live.values():
             tracked.offered, tracked.tail_offered = 0, False
             tracked.load_failed |= tracked.request.request_id == req_id
+
+    def _load_span(self, tracked: Tracked, tokens: int) -> tracing.Span:
+        if not self._tracer.enabled:
+            return tracing.NO_SPAN
+        return self._tracer.start(
+            "lmcache.retrieve",
+            parent=tracked.request.trace_headers,
+            attributes={
+                tracing.REQUEST_ID: tracked.request.request_id,
+                tracing.HIT_TOKENS: tokens,
+                tracing.TIERS: sorted(tracked.cached_tokens),
+            },
+        )
 
     def _load_spans(self, match: Match, tables: BlockTables, end: int) -> list[Span]:
         """Spans of the pages between what the device has and token ``end``; pages that lie

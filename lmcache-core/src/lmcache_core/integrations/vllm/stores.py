@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lmcache_core import tracing
 from lmcache_core.cache import Cache, Refusal, Slot, Wanted
 from lmcache_core.integrations.vllm.geometry import Geometry, Kind
 from lmcache_core.integrations.vllm.lookups import Lookups, Tracked
@@ -36,6 +37,7 @@ class _Storing:
 
     slots: list[Slot]
     nbytes: int
+    span: tracing.Span
     distrusted: bool = False
 
 
@@ -47,8 +49,15 @@ class Stores:
     """
 
     def __init__(
-        self, cache: Cache, geometry: Geometry, lookups: Lookups, job_id: Callable[[], int]
+        self,
+        cache: Cache,
+        geometry: Geometry,
+        lookups: Lookups,
+        job_id: Callable[[], int],
+        *,
+        tracer: tracing.Tracer = tracing.NO_TRACER,
     ) -> None:
+        self._tracer = tracer
         self._cache = cache
         self._geometry = geometry
         self._chunk_size = geometry.chunk_size
@@ -101,11 +110,14 @@ class Stores:
         if failed or job.distrusted:
             self._cache.abort(job.slots)
             self._count("store_failed", len(job.slots))
+            job.span.end("store_failed")
             return
         self._cache.commit(job.slots)
         first = self._geometry.kinds[0].suffix
         chunks = sum(slot.key.endswith(first) for slot in job.slots)
         self._count("stored_tokens", chunks * self._chunk_size)
+        job.span.set(tracing.STORED_TOKENS, chunks * self._chunk_size)
+        job.span.end()
 
     def distrust_after(self, job_id: int) -> None:
         """A load failed: later steps may have computed on pages that were never filled."""
@@ -185,7 +197,14 @@ class Stores:
 
     def _start(self, req_id: str, slots: list[Slot], spans: list[Span], nbytes: int) -> Job:
         job = Job(self._job_id(), req_id, tuple(spans))
-        self._storing[job.job_id] = _Storing(slots, nbytes)
+        span = tracing.NO_SPAN
+        if self._tracer.enabled:
+            span = self._tracer.start(
+                "lmcache.store",
+                parent=self._lookups.live[req_id].request.trace_headers,
+                attributes={tracing.REQUEST_ID: req_id, tracing.SIZE_BYTES: nbytes},
+            )
+        self._storing[job.job_id] = _Storing(slots, nbytes, span)
         self._pending_bytes += nbytes
         return job
 
