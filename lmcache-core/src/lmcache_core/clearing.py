@@ -14,6 +14,8 @@ STEP_KEYS = 1024
 """Handled in one turn, so that the engine is not held up."""
 AT_ONCE = 4
 """Deletes of a tier on their way."""
+TRIES = 3
+"""Of one delete, while its tier can be used."""
 MAX_SCANS = 1_000_000
 """Listings of one tier, so that a store which never says it is empty ends."""
 
@@ -32,6 +34,7 @@ class Clearing:
     Attributes:
         deleted: chunk copies that are gone.
         failed: reason -> chunk copies, or listings, that are not.
+        cancelled: nothing more is begun.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Clearing:
         self.deleted = 0
         self.failed: dict[str, int] = {}
         self._known = 0
-        self._cancelled = False
+        self.cancelled = False
         below = [tier for tier in engine.tiers.readable if not tiers or tier.name in tiers]
         for tier in below:
             if tier.config.write == "never" and tiers:
@@ -82,7 +85,7 @@ class Clearing:
 
     def cancel(self) -> None:
         """Start no more deletes."""
-        self._cancelled = True
+        self.cancelled = True
         self._fail("cancelled", len(self._in_host))
         self._in_host.clear()
         for each in self._below:
@@ -168,6 +171,7 @@ class _TierClearing:
         self._waiting: deque[bytes] = deque()
         self._prefixes: deque[bytes] = deque()
         self._asked: set[bytes] = set()
+        self._tried: dict[bytes, int] = {}
         self._deleting = 0
         self._scanning = False
         self._scans = 0
@@ -214,9 +218,17 @@ class _TierClearing:
     def _deleted(self, batch: Sequence[bytes]) -> Callable[[list[bytes]], None]:
         def ended(kept: list[bytes]) -> None:
             self._deleting -= 1
-            self._order.ended(self._tier.name, batch, kept)
+            again = {key for key in kept if self._may_try_again(key)}
+            self._waiting.extend(key for key in kept if key in again)
+            decided = [key for key in batch if key not in again]
+            self._order.ended(self._tier.name, decided, [k for k in kept if k not in again])
 
         return ended
+
+    def _may_try_again(self, key: bytes) -> bool:
+        """Also a queue of ours that was full for a moment keeps a key from being deleted."""
+        self._tried[key] = self._tried.get(key, 1) + 1
+        return self._tried[key] <= TRIES and self._tier.available and not self._order.cancelled
 
     def _scan(self, prefix: bytes) -> None:
         self._scanning = True

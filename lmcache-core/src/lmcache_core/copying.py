@@ -119,7 +119,10 @@ class Copying:
         elif self._to is not None and self._to.has(key):
             self.held.append(key)
         elif self._to is not None and self._to.holds(key):
-            self._look_again(key, parent, layout)  # on its way: it may yet fail
+            if self._to.is_putting(key):
+                self._look_again(key, parent, layout)  # it may yet fail
+            else:
+                self._fail("in_doubt")  # a put failed, and so did its delete
         elif present is not None:
             self._host.pin(present)
             self._active += 1

@@ -75,6 +75,10 @@ class Pins:
     def __contains__(self, name: str) -> bool:
         return name in self._pins
 
+    def lasts(self, one: Pinned) -> bool:
+        """Whether ``one`` has not ended, and no other has taken its name."""
+        return self._pins.get(one.name) is one
+
     def pin(self, name: str, runs: Sequence[Run], *, tier: str, until_s: float) -> Pinned:
         """Keep the chunks of ``runs`` in ``tier``; another pin of this name ends.
 

@@ -72,16 +72,20 @@ class Simulation:
         self.disk = SimDisk(self.rng)
         drawn = self.rng.choice(["process", "host"])
         self.durability = durability or drawn
-        self.remote = SimRemote(self.rng)
+        self.remote = self.shared_store()
         self.tickets: list[Prefetch] = []
         self.prompts: dict[int, list[int]] = {}
         self.seed = seed
         self.restarts = self.hits = self.recoded = 0
+        self.stored = {"disk": 0, "remote": 0}
         self.recodes: list[Recode] = []
         self.toy = Toy()
         self.codecs = holding(self.toy)
         self.codecs.ready("toy", 10.0)
         self.engine = self.start()
+
+    def shared_store(self) -> SimRemote:
+        return SimRemote(self.rng, lambda: self.runtime.time_s)
 
     def start(self) -> CacheEngine:
         self.runtime = SimRuntime(self.rng)
@@ -223,6 +227,7 @@ class Simulation:
         self.tickets.clear()
         self.recoded += sum(order.recoded for order in self.recodes)
         self.recodes.clear()
+        self.count_stored()
         self.restarts += 1
         self.engine = self.start()
 
@@ -266,7 +271,13 @@ class Simulation:
         assert tier.used_bytes <= TIER.size_bytes
         assert all(order.done for order in self.recodes)
         self.recoded += sum(order.recoded for order in self.recodes)
+        self.count_stored()
         assert self.engine.close()
+
+    def count_stored(self) -> None:
+        counters = self.engine.metrics.snapshot()
+        for tier in self.stored:
+            self.stored[tier] += counters.get(f"{tier}.stored", 0)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -283,3 +294,5 @@ def test_the_simulation_exercises_what_it_is_for() -> None:
     assert sum(s.hits for s in runs) > 1000
     assert sum(s.recoded for s in runs) > 10
     assert sum(s.toy.decoded for s in runs) > 30
+    assert sum(s.stored["disk"] for s in runs) > 200
+    assert sum(s.stored["remote"] for s in runs) > 200

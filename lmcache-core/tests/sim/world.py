@@ -109,12 +109,16 @@ class SimRemote(MemoryConnector):
     """A shared store that outlives the engine, forgets, fails, and gives bytes that rotted.
 
     A put of ours may have been carried out or not when it fails.
+
+    Args:
+        clock: of deadlines: the simulation's.
     """
 
     capabilities = Capabilities(max_concurrency=8, evicts=True, sharing=Sharing.CLUSTER)
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, clock: Callable[[], float]) -> None:
         super().__init__()
+        self._clock = clock
         self.rng = rng
         self.trouble = 0.0
 

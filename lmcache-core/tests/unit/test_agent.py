@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from agent_rig import FakeController, joined, settled, truth
 from scripted import LAYOUT, SLOT_BYTES, Make, Pages, Scripted, make, prompt
-from test_clearing import Held
+from test_clearing import Gate, Held
 
 from lmcache_core.agent import changes as changes_module
 from lmcache_core.agent import wire
@@ -229,6 +229,28 @@ def test_pins_come_and_go(make: Make, controller: FakeController) -> None:
         assert engine.host.prefix(keys) == 3
         owe(controller, orders=(wire.Unpin(id="o2", pin="p"),))
         assert done(controller, "o2").notes == {"unpinned": 1}
+
+
+def test_a_pin_that_another_replaces_ends(make: Make, controller: FakeController) -> None:
+    store_ = Gate()
+    engine = make(store_)
+    keys = store(engine, 1, 1)
+    assert engine.flush(5)
+    with engine.owner:
+        engine.host.drop(keys)
+    store_.go.clear()
+
+    def pin(ident: str, tier: str) -> wire.Pin:
+        wanted, until_s = joined_keys(keys), time.time() + 60
+        return wire.Pin(id=ident, pin="p", tier=tier, keys=wanted, until_s=until_s, kinds=KINDS)
+
+    with joined(engine, controller):
+        owe(controller, orders=(pin("o1", "host"),))
+        assert store_.reached.wait(5)
+        owe(controller, orders=(pin("o2", "t0"),))
+        assert done(controller, "o2").state == "done"
+        assert done(controller, "o1").state == "failed"
+        store_.go.set()
 
 
 def test_chunks_are_copied_from_tier_to_tier(make: Make, controller: FakeController) -> None:

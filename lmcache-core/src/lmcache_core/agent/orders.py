@@ -111,7 +111,7 @@ class Orders:
         """Go on for a moment."""
         for ident, work in list(self._running.items()):
             self._step(ident, work)
-        if self._moving and not self._clears:
+        if self._moving and not self._clears and not self._clearing():
             ident, work = self._moving
             self._step(ident, work)
         if self._clears and (self._moving is None or _at_rest(self._moving[1])):
@@ -293,16 +293,20 @@ class _PinWork:
 
     @property
     def done(self) -> bool:
-        return self._pinned.done or self._pinned.name not in self._pins
+        return self._pinned.done or not self._pins.lasts(self._pinned)
 
     def step(self) -> None:
         """`Pins.tick` does."""
 
     def cancel(self) -> None:
-        self._pins.unpin(self._pinned.name)
+        if self._pins.lasts(self._pinned):
+            self._pins.unpin(self._pinned.name)
 
     def progress(self, state: str) -> wire.Progress:
         one = self._pinned
+        if state == "done" and not self._pins.lasts(one):
+            error = "it ended, or another pin took its name"
+            return wire.Progress(id=self._ident, state="failed", total=self._total, error=error)
         return _progress(
             self._ident,
             state,

@@ -133,12 +133,14 @@ class Puts:
             if not self._tier.available:
                 self._give_up(Status.FAILED, "dropped_breaker")
                 continue
+            if put.way is not None and not self._is_there(put.chunk):
+                # Deleted while its other form waited: it is not to come back.
+                self._waiting.popleft()
+                put.done(Status.MISS)
+                continue
             if self._quota.is_leaving(put.chunk.key):
                 self._waiting.popleft()
-                if put.way is None:
-                    held.append(put)
-                else:
-                    put.done(Status.MISS)
+                held.append(put)
                 continue
             if not self._quota.fits(put.nbytes):
                 if self._staging.busy:
@@ -167,6 +169,11 @@ class Puts:
         self._waiting.extendleft(reversed(held))
         if batch:
             self._put(batch)
+
+    def _is_there(self, chunk: HostChunk) -> bool:
+        """Whether the store still has what ``chunk`` was read from."""
+        key = chunk.key
+        return chunk.stamp == self._quota.stamp(key) and not self._quota.is_leaving(key)
 
     def _give_up(self, status: Status, event: str) -> None:
         self._tier.count(event)

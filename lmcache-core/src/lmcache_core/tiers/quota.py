@@ -48,6 +48,7 @@ class Quota:
         self._before: dict[bytes, int] = {}
         self._stamps = itertools.count(1)
         self._stamp_of: dict[bytes, int] = {}
+        self._unheld_deletes = 0
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._sizes
@@ -199,6 +200,7 @@ class Quota:
         """``keys`` are leaving; they count until that is confirmed."""
         for key in keys:
             self._may_not_go(key)
+            self._unheld_deletes += key not in self._sizes
             if key in self._sizes and key not in self._leaving:
                 self._leaving.add(key)
                 self._leaving_bytes += self._sizes[key]
@@ -226,12 +228,13 @@ class Quota:
                     self._gone(key)
 
     def stamp(self, key: bytes) -> int:
-        """Which put of ``key`` counts now; 0 when it is not held."""
-        return self._stamp_of.get(key, 0)
+        """Which put of ``key`` counts now; 0 or less when it is not held, and another such number
+        once a key that is not held was deleted."""
+        return self._stamp_of.get(key, -self._unheld_deletes)
 
     def vanished(self, key: bytes, stamp: int) -> None:
         """The store said that it lacks ``key``, asked when its put was ``stamp``."""
-        if stamp and self.stamp(key) == stamp:
+        if stamp > 0 and self.stamp(key) == stamp:
             self.forget([key])
 
     def touch(self, key: bytes) -> None:

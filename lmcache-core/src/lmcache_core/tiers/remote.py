@@ -166,6 +166,10 @@ class RemoteTier:
         """Whether ``key`` is stored here, confirmed and to stay, as far as we know."""
         return self._quota.is_resident(key) and key not in self._unreadable
 
+    def is_putting(self, key: bytes) -> bool:
+        """Whether a put of ``key`` is under way, or waits."""
+        return self._quota.is_writing(key) or key in self._puts
+
     def exists(self, keys: Sequence[bytes], done: Callable[[list[bool], str], None]) -> None:
         """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order, and why the
         store could not be asked ("" when it could).

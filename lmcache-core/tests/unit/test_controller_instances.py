@@ -1,0 +1,479 @@
+"""What instances say: gaps, snapshots, successors, lies, and what becomes of the silent."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any
+
+import msgspec
+import pytest
+from controller_rig import GIB, TOKEN, Rig, keys_of, model, namespace_of, prompt, rig, tier, until
+
+from lmcache_core.agent import wire
+from lmcache_core.agent.wire import tenant_id
+from lmcache_core.controller import messages
+from lmcache_core.keys import Namespace
+
+SERVED = model()
+TOKENS = prompt(4)
+KEYS = keys_of(SERVED, TOKENS)
+
+
+def greeted(made: Rig, name: str = "i0", **fields: Any) -> Any:
+    instance = made.instance(name, **{"models": (SERVED,), **fields})
+    assert not instance.sync().resync
+    return instance
+
+
+def held(made: Rig, name: str = "i0") -> int:
+    """Chunks of the prefix that an instance has, as the controller knows."""
+    found = made.post("/v1/lookup", {"select": {"tokens": TOKENS, "model": "m"}})["instances"]
+    return next((row["chunks"] for row in found if row["instance"] == name), 0)
+
+
+def shown(made: Rig, name: str = "i0") -> messages.Instance:
+    found: messages.Instance = made.get(f"/v1/instances/{name}", messages.Instance)
+    return found
+
+
+def refused(instance: Any, code: int, /, **fields: Any) -> messages.ErrorBody:
+    """How one bad sync is refused."""
+    given = {
+        "version": wire.VERSION, "instance": instance.name, "incarnation": instance.incarnation,
+        "kind": instance.kind, "seq": instance.seq, **fields,
+    }  # fmt: skip
+    answer = instance.post(wire.Sync(**given))
+    assert answer.status_code == code, answer.text
+    return msgspec.json.decode(answer.content, type=messages.Problem).error
+
+
+# What it holds.
+
+
+def test_one_that_is_unknown_is_asked_to_say_all() -> None:
+    with rig() as made:
+        instance = made.instance()
+        instance.greeted = True
+        assert instance.sync(seq=7).resync
+        instance.greeted = False
+        assert not instance.sync().resync
+
+
+def test_changes_are_followed() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        instance.stores("host", KEYS[:3])
+        assert held(made) == 3
+        instance.stores("disk", KEYS[1:2])
+        instance.stores("host", KEYS[1:3], present=False)
+        assert held(made) == 2, "the second is on disk still"
+        tiers = {tier.name: tier.chunks for tier in shown(made).tiers}
+        assert tiers == {"host": 1, "disk": 1}
+
+
+def test_a_gap_is_noticed_and_all_is_said_again() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        instance.stores("host", KEYS[:1])
+        instance.seq += 1
+        assert instance.stores("host", KEYS[1:2]).resync
+        assert shown(made).state == "resyncing"
+        assert instance.stores("host", KEYS[2:3]).resync, "until it does"
+        instance.greeted = False
+        assert not instance.sync().resync
+        assert held(made) == 3 and shown(made).state == "live"
+
+
+def test_what_is_told_twice_counts_once() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        came = wire.Change(0, True, wire.join(KEYS[:2]))
+        went = wire.Change(0, False, wire.join(KEYS[1:2]))
+        instance.sync(changes=(came,), seq=1)
+        assert not instance.sync(changes=(came, went), seq=1).resync, "its answer was lost"
+        assert held(made) == 1
+        assert not instance.sync(changes=(), seq=3).resync
+
+
+def test_a_snapshot_comes_in_pieces() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        instance.stores("host", KEYS)
+        instance.sync(
+            reset=True, more=True, seq=1, changes=(wire.Change(0, True, wire.join(KEYS[:1])),)
+        )
+        assert shown(made).state == "resyncing" and held(made) == 1
+        instance.sync(more=True, changes=(wire.Change(0, True, wire.join(KEYS[1:2])),))
+        assert not instance.sync(changes=(wire.Change(1, True, wire.join(KEYS[2:3])),)).resync
+        assert held(made) == 3 and shown(made).state == "live"
+
+
+def test_a_gap_within_a_snapshot_is_noticed() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        instance.sync(reset=True, more=True, seq=1, changes=())
+        assert instance.sync(seq=9, changes=(wire.Change(0, True, KEYS[0]),)).resync
+        assert held(made) == 0
+
+
+def test_too_much_is_refused_and_said_and_costs_nobody_else() -> None:
+    with rig(max_chunks_per_instance=3, max_chunks=5) as made:
+        greeted(made, "other").stores("host", KEYS[:2])
+        instance = greeted(made)
+        instance.stores("host", KEYS[:3])
+        change = wire.Change(0, True, KEYS[3])
+        problem = refused(instance, 413, changes=(change,))
+        assert problem.code == "too_many_chunks" and "--max-chunks-per-instance" in problem.hint
+        assert held(made) == 0 and held(made, "other") == 2
+        health = made.get("/v1/health", messages.HealthReply)
+        assert health.problems == ["instance 'i0' is not in the directory: "
+                                   "more than 3 chunks of one instance"]  # fmt: skip
+        instance.held["host"] = set(KEYS[:3])
+        instance.greeted = False
+        instance.sync()
+        assert held(made) == 3
+        assert made.get("/v1/health", messages.HealthReply).problems == []
+
+
+# Who speaks.
+
+
+def test_a_name_is_one_process_until_that_is_silent() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        instance.stores("host", KEYS)
+        other = made.instance(models=(SERVED,), incarnation="p1")
+        problem = refused(other, 409, reset=True, status=other.says())
+        assert problem.code == "name_taken" and problem.hint
+        assert held(made) == 4, "what the first has is as it was"
+        made.clock.now_s += 2.5
+        other.sync()
+        assert held(made) == 0 and shown(made).incarnation == "p1"
+        assert refused(instance, 409).code == "name_taken", "the older one can't come back"
+        other.stores("host", KEYS[:1])
+        assert held(made) == 1
+
+
+def test_one_that_waits_long_is_not_silent() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        instance.sync(wait_s=0.05)
+        made.clock.now_s += 20
+        thread = threading.Thread(target=lambda: instance.sync(wait_s=30.0))
+        thread.start()
+        until(lambda: made.controller.registry.records["i0"].gap_s == 30)
+        made.clock.now_s += 25
+        other = made.instance(models=(SERVED,), incarnation="p1")
+        refused(other, 409, reset=True, status=other.says())
+        made.post("/v1/clear", {"select": {"all": True}})
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_the_silent_are_lost_and_then_forgotten() -> None:
+    with rig(lease_s=10, forget_s=100) as made:
+        instance = greeted(made)
+        instance.stores("host", KEYS)
+        made.clock.now_s += 11
+        assert shown(made).state == "lost" and held(made) == 0
+        health = made.get("/v1/health", messages.HealthReply)
+        assert (health.status, health.problems) == ("degraded", ["instance i0 is lost"])
+        instance.sync()
+        assert shown(made).state == "live" and held(made) == 4, "it has missed nothing"
+        made.clock.now_s += 101
+        until(lambda: made.client.get("/v1/instances/i0").status_code == 404)
+        health = made.get("/v1/health", messages.HealthReply)
+        assert (health.status, health.chunks) == ("ok", 0)
+
+
+def test_there_are_so_many_instances_and_no_more() -> None:
+    with rig(max_instances=2) as made:
+        greeted(made, "i0")
+        greeted(made, "i1")
+        other = made.instance("i2")
+        problem = refused(other, 409, reset=True)
+        assert problem.code == "too_many_instances" and "--max-instances" in problem.hint
+
+
+def test_an_instance_that_waits_costs_no_turn_and_is_answered_by_its_next_sync() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        done = threading.Event()
+
+        def wait() -> None:
+            other = made.instance(models=(SERVED,))
+            other.greeted = True
+            other.sync(wait_s=30.0)
+            done.set()
+
+        turn = made.controller.registry.records["i0"].turn
+        thread = threading.Thread(target=wait)
+        thread.start()
+        until(lambda: made.controller.registry.records["i0"].turn > turn)
+        assert not done.is_set()
+        instance.sync()
+        thread.join(10)
+        assert done.is_set()
+
+
+def test_one_that_hung_up_is_waited_for_no_longer() -> None:
+    with rig() as made:
+        greeted(made)
+        body = msgspec.msgpack.encode(
+            wire.Sync(
+                version=1, instance="i0", incarnation="p0", kind="embedded", seq=1, wait_s=30.0
+            )
+        )
+        host, port = made.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as gone:
+            gone.sendall(
+                b"POST /v1/sync HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/msgpack"
+                b"\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s"
+                % (TOKEN.encode(), len(body), body)
+            )
+            until(lambda: _in_flight(made) == 2)
+        until(lambda: _in_flight(made) == 1)
+
+
+def _in_flight(made: Rig) -> int:
+    """Requests now, with the one that asks."""
+    text = made.client.get("/metrics").text
+    line = next(line for line in text.splitlines() if "in_flight " in line and line[0] != "#")
+    return int(line.split()[-1])
+
+
+# What can't be.
+
+BAD: list[tuple[int, dict[str, Any]]] = [
+    (400, {"changes": (wire.Change(0, True, b"x" * 45),)}),
+    (400, {"changes": (wire.Change(5, True, KEYS[0]),)}),
+    (400, {"kind": "engine", "changes": (wire.Change(0, True, KEYS[0]),)}),
+    (400, {"kind": "node"}),
+    (409, {"version": 2}),
+    (400, {"models": (msgspec.structs.replace(SERVED, tag=b"\0" * 8),)}),
+    (400, {"models": (msgspec.structs.replace(SERVED, pairs=SERVED.pairs * 2),)}),
+    (400, {"status": wire.Status("1", 1, 1.0, tiers=(tier("host"), tier("host")))}),
+]
+
+
+@pytest.mark.parametrize(("code", "fields"), BAD)
+def test_a_lie_is_refused_and_changes_nothing_of_others(
+    code: int, fields: dict[str, Any]
+) -> None:
+    with rig() as made:
+        greeted(made, "other").stores("host", KEYS)
+        before = shown(made, "other")
+        instance = greeted(made)
+        instance.stores("host", KEYS[:1])
+        assert refused(instance, code, **fields).message
+        assert shown(made, "other") == before and held(made, "other") == 4
+        assert held(made) == 1, "nor of its own"
+        assert not instance.stores("host", KEYS[1:2]).resync
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"\xc1", 400),
+        (msgspec.msgpack.encode([1, 2]), 422),
+        (msgspec.msgpack.encode({"version": 1}), 422),
+        (b"\x91" * 100_000, 422),
+    ],
+)
+def test_what_is_no_sync_is_refused(body: bytes, status: int) -> None:
+    with rig() as made:
+        headers = {"content-type": wire.CONTENT_TYPE}
+        answer = made.client.post(wire.PATH, content=body, headers=headers)
+        assert answer.status_code == status, answer.text
+        assert msgspec.json.decode(answer.content, type=messages.Problem).error.code
+
+
+def test_an_instance_names_so_many_namespaces_and_no_more() -> None:
+    with rig(max_namespaces_per_instance=2, max_namespaces=3) as made:
+        notes = [
+            wire.NamespaceNote(namespace_of(SERVED, tenant_salt=f"{n}").tag, SERVED.tag)
+            for n in range(4)
+        ]
+        greeted(made, "i0", notes=tuple(notes[:2]))
+        other = made.instance("i1")
+        problem = refused(other, 413, reset=True, namespaces=tuple(notes[:3]))
+        assert "--max-namespaces-per-instance" in problem.hint
+        problem = refused(other, 413, reset=True, namespaces=tuple(notes[2:]))
+        assert problem.code == "too_many_namespaces" and "--max-namespaces" in problem.hint
+
+
+# What is shown of it.
+
+
+def test_rates_are_of_the_last_minute() -> None:
+    with rig(sample_s=0.02) as made:
+        instance = made.instance(models=(SERVED,))
+
+        def counts(seconds: int) -> None:
+            counters = {
+                "vllm.requested_tokens": 100 * seconds, "vllm.hit_tokens.host": 30 * seconds,
+                "vllm.hit_tokens.disk": 20 * seconds, "vllm.stored_tokens": 10 * seconds,
+                "disk.read_bytes": 7 * seconds, "disk.stored_bytes": 5 * seconds,
+                "host.read_bytes": 1, "disk.corrupt": 3, "vllm.load_failed": 0,
+            }  # fmt: skip
+            status = msgspec.structs.replace(instance.says(), counters=counters)
+            instance.sync(status=status)
+
+        for seconds in range(0, 200, 10):
+            counts(seconds)
+            made.clock.now_s += 10
+        made.clock.now_s -= 10
+        rates = shown(made).rates
+        found = [round(rate) for rate in (rates.requested_tokens, rates.hit_tokens)]
+        assert found == [100, 50]
+        assert (round(rates.stored_tokens), round(rates.read_bytes)) == (10, 7)
+        assert round(rates.write_bytes) == 5
+        assert shown(made).errors == {"disk.corrupt": 3}
+        counts(1)  # another's counters: they never fall
+        assert shown(made).rates.requested_tokens == 0
+
+        def rates_seen() -> list[messages.Sample]:
+            history: messages.History = made.get("/v1/history", messages.History)
+            return [sample for sample in history.samples if sample.hit_rate is not None]
+
+        def asked() -> float:
+            return sum(sample.requested_tokens for sample in rates_seen()) * 0.02
+
+        until(lambda: asked() > 18_999)
+        assert asked() == pytest.approx(19_000), "all that was asked for, once"
+        assert {sample.hit_rate for sample in rates_seen()} == {0.5}
+
+
+def test_an_engine_and_its_node_server_know_each_other() -> None:
+    with rig() as made:
+        greeted(made, "n0", kind="node", incarnation="node-process", models=())
+        engine = made.instance(
+            "e0", kind="engine", tiers=(), models=(SERVED,), status={"node": "node-process"}
+        )
+        engine.sync()
+        assert shown(made, "e0").node == "n0" and shown(made, "n0").workers == ["e0"]
+        assert (shown(made, "e0").state, shown(made, "e0").models) == ("live", ["m"])
+
+
+def test_breakers_and_full_tiers_are_problems() -> None:
+    tiers = (
+        tier("host", pinned_bytes=GIB),
+        tier("disk", available=False, reason="breaker open"),
+    )
+    with rig() as made:
+        greeted(made, status={"tiers": tiers})
+        health = made.get("/v1/health", messages.HealthReply)
+        assert health.status == "degraded" and health.problems == [
+            "tier host of i0 has no room that is not pinned",
+            "tier disk of i0 is not available: breaker open",
+        ]
+        disk = shown(made).tiers[1]
+        assert (disk.available, disk.reason, disk.url) == (False, "breaker open", "file:///disk")
+
+
+def test_usage_is_by_model_and_tenant_and_shows_no_salt() -> None:
+    salted = namespace_of(SERVED, tenant_salt="hush")
+    shares = (
+        wire.Share(SERVED.tag, 2, 200), wire.Share(salted.tag, 3, 300),
+        wire.Share(b"unknown.", 1, 100),
+    )  # fmt: skip
+    notes = (wire.NamespaceNote(salted.tag, SERVED.tag, tenant_id("hush")),)
+    with rig() as made:
+        tiers = (tier("host", shares=shares), tier("disk", shares=shares[:1]))
+        greeted(made, status={"tiers": tiers}, notes=notes)
+        answer = made.client.get("/v1/usage")
+        assert "hush" not in answer.text
+        rows = msgspec.json.decode(answer.content, type=messages.UsageReply).usage
+        assert [(row.tier, row.model, row.tenant_id, row.bytes) for row in rows] == [
+            ("host", "m", tenant_id("hush"), 300), ("disk", "m", "", 200),
+            ("host", "m", "", 200), ("host", "", "", 100),
+        ]  # fmt: skip
+        only = made.get("/v1/usage", messages.UsageReply, tier="disk", instance="i0").usage
+        assert len(only) == 1
+        assert made.client.get("/v1/usage", params={"instance": "no"}).status_code == 404
+
+
+def test_top_prefixes_of_all_instances() -> None:
+    def top(saved: int) -> dict[str, Any]:
+        return {"top": (wire.TopPrefix(KEYS[0], saved, 4, 7),)}
+
+    with rig() as made:
+        greeted(made, "i0", status=top(10))
+        greeted(made, "i1", status=top(20))
+        rows = made.get("/v1/prefixes", messages.Prefixes).prefixes
+        assert [(row.instance, row.saved_tokens) for row in rows] == [("i1", 20), ("i0", 10)]
+        assert (rows[0].model, rows[0].key, rows[0].chunks) == ("m", KEYS[0].hex(), 7)
+        assert len(made.get("/v1/prefixes", messages.Prefixes, limit=1).prefixes) == 1
+
+
+def test_peers_that_have_chunks_in_host() -> None:
+    with rig() as made:
+        for name in ("i0", "i1", "i2"):
+            greeted(made, name, status={"channel": f"tcp://{name}:1"})
+        greeted(made, "no channel".replace(" ", "-")).stores("host", KEYS)
+        made.instance("i1")
+        one = made.instance("i1", incarnation="p0", models=(SERVED,))
+        one.greeted = True
+        one.stores("host", KEYS[:2])
+        two = made.instance("i2", models=(SERVED,))
+        two.greeted = True
+        two.stores("disk", KEYS)
+        asked = wire.WhereRequest(instance="i0", keys=wire.join(KEYS))
+        headers = {"content-type": wire.CONTENT_TYPE}
+        answer = one.client.post(
+            wire.WHERE_PATH, content=msgspec.msgpack.encode(asked), headers=headers
+        )
+        reply = msgspec.msgpack.decode(answer.content, type=wire.WhereReply)
+        named = [reply.peers[n] if n >= 0 else None for n in reply.holder]
+        assert named == ["tcp://i1:1", "tcp://i1:1", None, None]
+        own = wire.WhereRequest(instance="i1", keys=wire.join(KEYS))
+        answer = one.client.post(
+            wire.WHERE_PATH, content=msgspec.msgpack.encode(own), headers=headers
+        )
+        reply = msgspec.msgpack.decode(answer.content, type=wire.WhereReply)
+        assert set(reply.holder) == {-1}, "it knows itself what it has"
+
+
+def test_limits_of_tenants_reach_the_instances_that_know_them() -> None:
+    salted = namespace_of(SERVED, tenant_salt="hush")
+    notes = (wire.NamespaceNote(salted.tag, SERVED.tag, tenant_id("hush")),)
+    with rig() as made:
+        instance = greeted(made, notes=notes)
+        other = greeted(made, "other")
+        assert instance.limits == ()
+        put = made.client.put("/v1/quotas", json={"bytes": 500, "tenant": "hush"})
+        quota = msgspec.json.decode(put.content, type=messages.Quota)
+        assert "hush" not in put.text
+        instance.sync()
+        other.sync()
+        assert instance.limits == (wire.Limit(salted.tag, "*", 500),) and other.limits == ()
+        before = instance.limits_version
+        instance.sync()
+        assert instance.limits_version == before, "told once"
+        made.client.put("/v1/quotas", json={"bytes": 9, "tenant_id": tenant_id("hush")})
+        instance.sync()
+        assert instance.limits == (wire.Limit(salted.tag, "*", 9),)
+        assert made.client.delete(f"/v1/quotas/{quota.id}").status_code == 204
+        instance.sync()
+        assert instance.limits == () and made.get("/v1/quotas") == {"quotas": []}
+
+
+def test_a_waiting_instance_is_told_at_once() -> None:
+    with rig() as made:
+        instance = greeted(made)
+        start_s = time.monotonic()
+        thread = threading.Timer(
+            0.1, lambda: made.post("/v1/clear", {"select": {"all": True}})
+        )
+        thread.start()
+        (order,) = instance.take(20.0)
+        thread.join()
+        assert isinstance(order, wire.Clear) and time.monotonic() - start_s < 5
+
+
+def test_from_pairs_is_the_namespace_itself() -> None:
+    namespace = Namespace.of({"a": 1, "b": "two"}).derive(tenant_salt="s")
+    assert Namespace.from_pairs(namespace.pairs[::-1]) == namespace
