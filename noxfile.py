@@ -44,7 +44,8 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def types(session: nox.Session) -> None:
     """mypy --strict on every src."""
-    install_local(session, "mypy", "types-PyYAML", "prometheus-client", *PROXY, packages=PACKAGES)
+    tools = ("mypy", "types-PyYAML", "prometheus-client", "opentelemetry-api", "redis", *PROXY)
+    install_local(session, *tools, packages=PACKAGES)
     session.run("mypy", *(f"{package}/src" for package in PACKAGES))
     session.run("mypy", *(f"{source}/src" for source, _, _ in STRANGERS))
 
@@ -59,11 +60,20 @@ def imports(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def unit(session: nox.Session) -> None:
     """Unit, property, simulation, crash and conformance tests; no engine."""
-    extras = ("prometheus-client", "numba", "zstandard", *PROXY)
-    install_local(session, "pytest", "hypothesis", *extras)
-    session.run(
-        "pytest", "--ignore=lmcache-core/tests/vllm", "-m", "not conformance", *session.posargs
-    )
+    extras = ("prometheus-client", "numba", "zstandard", "opentelemetry-sdk", *PROXY)
+    install_local(session, "pytest", "hypothesis", "schemathesis", *extras)
+    ignored = [f"--ignore=lmcache-core/tests/{part}" for part in ("vllm", "web", "e2e")]
+    session.run("pytest", *ignored, "-m", "not conformance", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def web(session: nox.Session) -> None:
+    """The controller's page in headless Chromium.  Writes build/screenshots."""
+    from system import need
+
+    need("chromium", "chromedriver")
+    install_local(session, "pytest", "hypothesis", "selenium", "prometheus-client", *PROXY)
+    session.run("pytest", "lmcache-core/tests/web", *session.posargs)
 
 
 def build_wheels(session: nox.Session, *sources: str) -> dict[str, Path]:

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAMS = {"gcc": "gcc", "make": "make", "redis-server": "redis-server"}
+PROGRAMS = {
+    "gcc": "gcc", "make": "make", "redis-server": "redis-server",
+    "chromium": "chromium", "chromedriver": "chromium-driver",
+}  # fmt: skip
 LIBRARIES = {"libnuma.so.1": "libnuma1", "libibverbs.so.1": "libibverbs1"}
 
 

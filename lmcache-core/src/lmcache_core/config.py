@@ -11,6 +11,8 @@ import msgspec
 
 from lmcache_core.sdk import ConfigError
 
+_LISTS = ("controllers", "peers")
+"""Settings that may also be one text with commas."""
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -268,6 +270,8 @@ def _convert(values: Mapping[str, Any], kind: type[Any], where: str) -> Any:
     for name, value in values.items():
         try:
             sized[name] = parse_size(value) if name.endswith("_bytes") else value
+            if name in _LISTS and isinstance(value, str):
+                sized[name] = [part.strip() for part in value.split(",") if part.strip()]
         except ConfigError as error:
             raise ConfigError(f"{where}: {name}: {error.message}", hint=error.hint) from None
     try:

@@ -157,7 +157,7 @@ def controller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake
     monkeypatch.setenv("LMCACHE_CONTROLLER_TOKEN_FILE", str(token))
     monkeypatch.delenv("LMCACHE_TENANT", raising=False)
     with served(FakeController()) as found:
-        monkeypatch.setenv("LMCACHE_CONTROLLER", found.url)
+        monkeypatch.setenv("LMCACHE_CONTROLLERS", found.url)
         yield found
 
 

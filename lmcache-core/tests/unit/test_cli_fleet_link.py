@@ -41,9 +41,10 @@ def test_the_next_controller_is_asked_when_one_is_away(
     controller.on("GET", "/v1/pins", {"pins": []})
     away = "http://127.0.0.1:1"
     assert lmc("pins", "--controller", away, "--controller", controller.url).exit_code == 0
-    monkeypatch.setenv("LMCACHE_CONTROLLER", f"{away}, {controller.url}")
-    assert lmc("pins").exit_code == 0
-    assert len(controller.asked) == 2
+    for written in (f"{away}, {controller.url}", f"['{away}', {controller.url}]"):
+        monkeypatch.setenv("LMCACHE_CONTROLLERS", written)
+        assert lmc("pins").exit_code == 0
+    assert len(controller.asked) == 3
 
 
 def test_what_was_asked_twice_has_one_idempotency_key(controller: FakeController) -> None:

@@ -29,7 +29,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Rig]:
     monkeypatch.setenv("LMCACHE_CONTROLLER_TOKEN_FILE", str(token))
     monkeypatch.delenv("LMCACHE_TENANT", raising=False)
     with rig() as made:
-        monkeypatch.setenv("LMCACHE_CONTROLLER", made.url)
+        monkeypatch.setenv("LMCACHE_CONTROLLERS", made.url)
         yield made
 
 

@@ -80,3 +80,8 @@ def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", "/nonexistent/kv.yaml")
     with pytest.raises(ConfigError, match="nonexistent"):
         load_config()
+
+
+@pytest.mark.parametrize("written", ["http://a:1,http://b:2", ["http://a:1", "http://b:2"]])
+def test_addresses_as_a_list_or_with_commas(written: object) -> None:
+    assert from_mapping({"controllers": written}).controllers == ("http://a:1", "http://b:2")

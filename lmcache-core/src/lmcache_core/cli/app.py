@@ -13,7 +13,10 @@ import typer
 from lmcache_core.cli.backends import backend_rows
 from lmcache_core.cli.codec import codec_app
 from lmcache_core.cli.config import key_rows, key_table, setting_rows, settings_from
+from lmcache_core.cli.controller import EPILOG as CONTROLLER_EPILOG
+from lmcache_core.cli.controller import controller
 from lmcache_core.cli.doctor import examine
+from lmcache_core.cli.fleet import fleet_app
 from lmcache_core.cli.init import render, write
 from lmcache_core.cli.pd_proxy import EPILOG as PD_PROXY_EPILOG
 from lmcache_core.cli.pd_proxy import pd_proxy
@@ -30,7 +33,9 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(codec_app, name="codec")
+app.add_typer(fleet_app)
 app.command("pd-proxy", epilog=PD_PROXY_EPILOG)(pd_proxy)
+app.command("controller", epilog=CONTROLLER_EPILOG)(controller)
 
 
 @app.command(epilog="Examples:  lmc backends   |   lmc backends --json | jq '.[].scheme'")
