@@ -107,6 +107,17 @@ class Namespace:
         return cls._of(tuple((canonical(k), canonical(v)) for k, v in fields.items()))
 
     @classmethod
+    def from_pairs(cls, pairs: Sequence[tuple[bytes, bytes]]) -> Namespace:
+        """The namespace that has these `pairs`, in any order.
+
+        Raises:
+            ConfigError: a field is there twice.
+        """
+        if len({name for name, _ in pairs}) != len(pairs):
+            raise ConfigError("a namespace with a field twice", op="identity")
+        return cls._of(tuple(pairs))
+
+    @classmethod
     def _of(cls, pairs: tuple[tuple[bytes, bytes], ...]) -> Namespace:
         encoded = _encode_pairs(pairs)
         return cls(hashlib.sha256(encoded).digest()[:TAG_BYTES], encoded, tuple(sorted(pairs)))

@@ -139,7 +139,7 @@ class FakeInstance:
 
     def restarts(self, **fields: Any) -> None:
         """Another process has its name from now on."""
-        self.incarnation += "+"
+        self.incarnation += "x"
         self.greeted, self.seq = False, 1
         self.orders.clear()
         for name, value in fields.items():
@@ -175,13 +175,14 @@ class FakeInstance:
         changes: list[wire.Change] = []
         if isinstance(order, wire.Clear):
             total = 0
+            keys_meant = None if order.keys is None else set(wire.split(order.keys))
             for number, name in enumerate(self.tiers):
                 if order.tiers and name not in order.tiers:
                     continue
                 gone = {
                     key
                     for key in self.held[name]
-                    if (order.keys is None or key in wire.split(order.keys))
+                    if (keys_meant is None or key in keys_meant)
                     and (order.tags is None or key[:8] in order.tags)
                 }
                 self.held[name] -= gone

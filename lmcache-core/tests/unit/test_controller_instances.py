@@ -259,9 +259,7 @@ BAD: list[tuple[int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("code", "fields"), BAD)
-def test_a_lie_is_refused_and_changes_nothing_of_others(
-    code: int, fields: dict[str, Any]
-) -> None:
+def test_a_lie_is_refused_and_changes_nothing_of_others(code: int, fields: dict[str, Any]) -> None:
     with rig() as made:
         greeted(made, "other").stores("host", KEYS)
         before = shown(made, "other")
@@ -465,9 +463,7 @@ def test_a_waiting_instance_is_told_at_once() -> None:
     with rig() as made:
         instance = greeted(made)
         start_s = time.monotonic()
-        thread = threading.Timer(
-            0.1, lambda: made.post("/v1/clear", {"select": {"all": True}})
-        )
+        thread = threading.Timer(0.1, lambda: made.post("/v1/clear", {"select": {"all": True}}))
         thread.start()
         (order,) = instance.take(20.0)
         thread.join()

@@ -37,9 +37,7 @@ def looked_up(made: Rig, **select: Any) -> messages.LookupReply:
     return msgspec.convert(found, messages.LookupReply)
 
 
-def problem(
-    made: Rig, status: int, path: str = "/v1/clear", **select: Any
-) -> messages.ErrorBody:
+def problem(made: Rig, status: int, path: str = "/v1/clear", **select: Any) -> messages.ErrorBody:
     found = made.post(path, {"select": select}, status=status)
     return msgspec.convert(found, messages.Problem).error
 

@@ -274,7 +274,7 @@ class Api:
             ("POST", "lookup", self._lookup, 200), ("POST", "pins", self._pin, 201),
             ("DELETE", "pins/{name:path}", self._unpin, 202),
             ("POST", "jobs/{name}/cancel", self._cancel, 200),
-            ("PUT", "quotas", self._quota, 200),
+            ("PUT", "quotas", self._quota, 200), ("DELETE", "quotas/{name}", self._unlimit, 204),
         ]  # fmt: skip
         return [
             *(Route(f"/{p}", self._guarded(lambda r, b, f=f: f(r), 200)) for p, f in gets.items()),
@@ -307,8 +307,8 @@ class Api:
             except LookupError as error:
                 return problem(404, "not_found", f"{error.args[0]} is not known")
             if key is not None:
-                world.known[key] = msgspec.json.encode(found)
-            return answer(found, status)
+                world.known[key] = b"" if found is None else msgspec.json.encode(found)
+            return Response(status_code=204) if found is None else answer(found, status)
 
         return call
 
@@ -374,6 +374,10 @@ class Api:
         ended = msgspec.structs.replace(found, state="cancelled", ended_s=time.time())
         self.world.jobs[self.world.jobs.index(found)] = ended
         return ended
+
+    def _unlimit(self, request: Request, body: bytes) -> None:
+        quota = self._one(self.world.quotas, "id", request.path_params["name"])
+        self.world.quotas.remove(quota)
 
     def _quota(self, request: Request, body: bytes) -> api.Quota:
         asked = msgspec.json.decode(body, type=api.QuotaRequest)

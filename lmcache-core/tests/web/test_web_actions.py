@@ -142,12 +142,16 @@ def test_unpin_cancel_and_quota(board: Page, world: World) -> None:
     board.fill("#quota-size", "1.5")
     board.click("#quota-form [type=submit]")
     confirmed(f"tenant {TENANTS[1]}", "at most 1.50 GiB in tier host")
+    board.click("#quotas [aria-label^=Remove]")
+    confirmed(f"tenant {TENANTS[1]}", "as there is room, not 4.00 GiB")
+    until(lambda: len(board.all("#quotas tbody tr")) == 2, "one was set, one removed")
     sent = [(call.method, call.path, call.body) for call in world.writes()]
     assert sent == [
         ("DELETE", f"/v1/pins/{pin}", None), ("POST", f"/v1/jobs/{running}/cancel", None),
         ("PUT", "/v1/quotas", {"tenant_id": TENANTS[1], "tier": "host", "bytes": 3 * GIB // 2}),
+        ("DELETE", "/v1/quotas/q-1", None),
     ]  # fmt: skip
-    assert len({call.key for call in world.writes()}) == 3 and None not in {
+    assert len({call.key for call in world.writes()}) == 4 and None not in {
         call.key for call in world.writes()
     }
 

@@ -356,7 +356,7 @@ class Prefixes(_Out, frozen=True, kw_only=True):
 
 
 class Sample(_Out, frozen=True, kw_only=True):
-    """The whole fleet in one interval that ends at ``at_s``."""
+    """The whole fleet in one interval that ends at ``at_s``: tokens and bytes per second."""
 
     at_s: float
     hit_rate: float | None
