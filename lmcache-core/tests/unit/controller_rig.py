@@ -281,3 +281,40 @@ def run(work: Any) -> Any:
 
 def dumped(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
+
+
+class Worker(FakeInstance):
+    """Obeys as a real one: an order is carried out once by a process, and its end is told until it
+    was recorded.  ``run`` is what it was told and did, by id."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.run: dict[str, wire.Order] = {}
+        self.ended: dict[str, wire.Progress] = {}
+
+    def step(self) -> None:
+        """One sync, and all that follows from it."""
+        reply = self.sync(progress=tuple(self.ended.values()))
+        self.orders.clear()
+        if reply.resync:
+            self.greeted, self.seq = False, 1
+        for id in reply.recorded:
+            self.ended.pop(id, None)
+        for order in reply.orders:
+            if order.id in self.run:
+                continue
+            self.run[order.id] = order
+            held, _, total = self._carried_out(order)
+            self.greeted = False  # all that it has now comes with the next one
+            self.ended[order.id] = wire.Progress(
+                id=order.id, state="done", held=wire.join(held), total=total, settled=total
+            )
+
+    def meets(self, client: httpx.Client) -> None:
+        """Another controller, or the same after its end."""
+        self.client, self.greeted, self.seq = client, False, 1
+
+    def restarts(self, **fields: Any) -> None:
+        super().restarts(**fields)
+        self.run.clear()
+        self.ended.clear()

@@ -143,8 +143,8 @@ def test_others_get_turns_while_much_is_handled() -> None:
         return [
             await turns_of(work)
             for work in (
-                real.add(slot, 0, keys), real.of_tags(slot, 0, None), real.remove(slot, 0, keys[:SLICE * 5]),
-                real.clear(slot),
+                real.add(slot, 0, keys), real.of_tags(slot, 0, None),
+                real.remove(slot, 0, keys[: SLICE * 5]), real.clear(slot),
             )
         ]  # fmt: skip
 

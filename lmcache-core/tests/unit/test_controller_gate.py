@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -52,18 +53,17 @@ def call(client: httpx.Client, operation: Any, **options: Any) -> httpx.Response
         {"authorization": f"Bearer {TOKEN}x"},
         {"authorization": f"Basic {TOKEN}"},
         {"authorization": TOKEN},
-        {"authorization": "Bearer "},
+        {"authorization": "Bearer"},
         {"authorization": "Bearer \xe4".encode("latin-1")},
     ],
 )
 def test_nothing_is_done_without_the_token(headers: dict[str, Any]) -> None:
-    with rig() as made:
-        with httpx.Client(base_url=made.url, trust_env=False, headers=headers) as client:
-            for operation in OPERATIONS:
-                if operation.name not in OPEN:
-                    answer = call(client, operation)
-                    assert problem(answer, 401).code == "invalid_token"
-                    assert answer.headers["www-authenticate"] == "Bearer"
+    with rig() as made, httpx.Client(base_url=made.url, headers=headers, trust_env=False) as client:
+        for operation in OPERATIONS:
+            if operation.name not in OPEN:
+                answer = call(client, operation)
+                assert problem(answer, 401).code == "invalid_token"
+                assert answer.headers["www-authenticate"] == "Bearer"
 
 
 def test_the_token_of_instances_is_good_for_what_they_say_only() -> None:
@@ -99,7 +99,9 @@ def test_a_strangers_name_is_refused(host: str) -> None:
         assert made.client.get("/healthz", headers={"host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:1", "[::1]:9300", "kv.example:1"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:80", "127.0.0.1:1", "[::1]:9300", "kv.example:1"]
+)
 def test_our_names_are_known(host: str) -> None:
     with rig(allowed_hosts=("KV.example",)) as made:
         assert made.client.get("/v1/health", headers={"host": host}).status_code == 200
@@ -160,9 +162,12 @@ def test_a_malformed_body_is_refused(body: bytes, status: int) -> None:
 def test_a_wrong_parameter_is_refused(query: str) -> None:
     with rig() as made:
         problem(made.client.get(f"/v1/jobs?{query}"), 422)
-    for wait_s in ("31", "-1", "nan", "inf", ""):
-        with rig() as made:
-            problem(made.client.get(f"/v1/jobs/x?wait_s={wait_s}"), 422)
+
+
+@pytest.mark.parametrize("wait_s", ["31", "-1", "nan", "inf", ""])
+def test_nobody_waits_for_longer_than_allowed(wait_s: str) -> None:
+    with rig() as made:
+        problem(made.client.get(f"/v1/jobs/x?wait_s={wait_s}"), 422)
 
 
 # How much.
@@ -178,7 +183,6 @@ def test_a_body_of_100_mb_is_refused_before_it_is_read() -> None:
         )
         problem(sync, 413)
         assert made.get("/v1/health")["status"] == "ok"
-        assert _text(made, "body_bytes") == 0
 
 
 def test_a_body_that_does_not_say_how_long_it_is_ends_at_the_limit() -> None:
@@ -235,17 +239,31 @@ def test_too_many_requests_are_told_to_come_again() -> None:
         assert made.get("/v1/health")["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_ten_thousand_pins_and_no_more() -> None:
-    with rig(max_pins=300) as made:
+    with rig() as made:
         served = model()
-        made.instance(models=(served,)).sync()
+        instance = made.instance(models=(served,))
+        instance.sync()
         body = {
             "select": {"keys": [keys_of(served, prompt(1))[0].hex()]}, "owner": "me",
             "ttl_s": 60, "instances": ["i0"],
         }  # fmt: skip
-        statuses = [made.client.post("/v1/pins", json=body).status_code for _ in range(256)]
-        assert set(statuses) == {201}
-        assert made.client.post("/v1/pins", json=body).status_code == 429, "jobs are bounded too"
+        made_ = 0
+        while made_ < 10_000:
+            answer = made.client.post("/v1/pins", json=body)
+            made_ += answer.status_code == 201
+            if answer.status_code == 429:  # jobs are bounded too
+                orders = instance.take(0.0)
+                ends = tuple(wire.Progress(id=order.id, state="done") for order in orders)
+                instance.sync(progress=ends)
+            else:
+                assert answer.status_code == 201, answer.text
+        until(lambda: made.client.post("/v1/pins", json=body).status_code == 409)
+        assert len(made.get("/v1/pins")["pins"]) == 10_000
+        start_s = time.monotonic()
+        instance.sync()
+        assert time.monotonic() - start_s < 1
 
 
 # What is shown, and what never is.
@@ -325,8 +343,6 @@ def test_a_bug_is_one_answer_and_is_counted(caplog: pytest.LogCaptureFixture) ->
 
 
 def _text(made: Rig, name: str) -> float:
-    if name == "body_bytes":
-        return 0.0
     lines = made.client.get("/metrics").text.splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith(
         f"lmcache_core:controller_{name} "))  # fmt: skip

@@ -40,6 +40,13 @@ def place(instance: str, tier: str) -> dict[str, str]:
     return {"instance": instance, "tier": tier}
 
 
+def asked(instance: FakeInstance) -> wire.Question:
+    """The question that an instance is asked, waited for."""
+    until(lambda: instance.sync(wait_s=1.0) and instance.questions)
+    (question,) = instance.questions
+    return question
+
+
 def until_ended(made: Rig, job: str, *instances: FakeInstance) -> messages.Job:
     """The job when its instances have done all that they were told."""
 
@@ -543,8 +550,7 @@ def test_misses_are_asked_of_all_and_told_by_who_knows() -> None:
         )
         asking.start()
         for instance, found in ((one, False), (other, True)):
-            until(lambda: instance.sync(wait_s=1.0) and instance.questions)
-            (question,) = instance.questions
+            question = asked(instance)
             assert isinstance(question, wire.Explain) and question.request_id == "req/7"
             rows = [row] if found else []
             instance.sync(answers=(wire.Answer(id=question.id, found=found, misses=rows),))
@@ -656,3 +662,20 @@ def test_an_instance_that_is_not_back_yet_is_not_left_out(tmp_path: Path) -> Non
     state = SqliteState(path, wall_s=lambda: now_s)
     with rig(state) as made:
         assert [part.instance for part in ask(made, "clear").parts] == ["i0"]
+
+
+def test_after_a_long_absence_instances_have_time_to_come_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "state")
+    limits = {"lease_s": 20, "job_timeout_s": 100}
+    with rig(SqliteState(path), **limits) as made:
+        greeted(made)
+        old = ask(made, "clear")
+        made.clock.now_s += 50
+        job = ask(made, "clear")
+        clock = made.clock
+    clock.now_s += 60
+    with rig(SqliteState(path, wall_s=clock), clock=clock, **limits) as made:
+        assert made.job(old.id, wait_s=10).error == "i0: not done in time"
+        assert made.job(job.id).state == "running"
+        clock.now_s += 21
+        assert made.job(job.id, wait_s=10).error == "i0: instance lost"

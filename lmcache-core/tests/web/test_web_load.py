@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from browser import Page
+from canned import history, instance, job
 from pd_proxy_rig import until
-from stub import World, history, instance, job
+from stub import World
 
 KINDS = ("copy", "clear", "move", "compress")
 

@@ -6,10 +6,11 @@ import re
 
 import pytest
 from browser import ROOT, Page
+from canned import GIB, instance, job, tier
 from pd_proxy_rig import until
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
-from stub import GIB, World, instance, job, tier
+from stub import World
 
 import lmcache_core.controller.messages as api
 

@@ -16,6 +16,8 @@ from lmcache_core.controller.selection import Chosen, by_model
 from lmcache_core.keys import DIGEST_BYTES, TAG_BYTES
 
 SLICE_KEYS = 4096
+HOST_SHARE = 8
+"""A slice between instances takes at most such a part of the smaller host tier."""
 _SUFFIX = slice(TAG_BYTES + DIGEST_BYTES, None)
 _NEW = "new"
 """An order's id until it has its own."""
@@ -96,7 +98,8 @@ class Actions:
     async def copy(
         self, chosen: Chosen, source: messages.Place, target: messages.Place, *, move: bool
     ) -> list[Step]:
-        """Slices of at most `SLICE_KEYS`, one after the other.
+        """Slices of at most `SLICE_KEYS`, one after the other; between instances also of no more
+        than a host tier can hold beside its work.
 
         Raises:
             Refusal: an unknown place, one that can't be read or written, or an unknown model.
@@ -119,9 +122,10 @@ class Actions:
         steps: list[Step] = []
         for model, part in by_model(chosen, self._names):
             keys = await self._held(giver, source_tier, part)
-            chained = part.keys is not None and len(keys) == len(part.keys) <= SLICE_KEYS
-            for start in range(0, len(keys), SLICE_KEYS):
-                joined = wire.join(keys[start : start + SLICE_KEYS])
+            most = _slice_keys(model, giver, taker) if peer else SLICE_KEYS
+            chained = part.keys is not None and len(keys) == len(part.keys) <= most
+            for start in range(0, len(keys), most):
+                joined = wire.join(keys[start : start + most])
                 after = (len(steps) - 1,) if steps else ()
                 order = wire.Copy(
                     id=_NEW,
@@ -273,6 +277,13 @@ def _between(
         Step(instance=giver.name, order=release, after=tuple({number, last}), cleanup=True)
     )
     return steps
+
+
+def _slice_keys(model: wire.Model, *records: Record) -> int:
+    """How many chunks of ``model`` go through the host tiers at a time."""
+    largest = max(kind.layout.payload_bytes for kind in model.kinds)
+    host_bytes = min(record.tiers[0].capacity_bytes for record in records)
+    return max(1, min(SLICE_KEYS, host_bytes // HOST_SHARE // largest))
 
 
 def _drop(number: int, record: Record, tier: str) -> Step:

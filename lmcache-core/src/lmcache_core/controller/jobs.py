@@ -104,21 +104,7 @@ class Jobs:
         there: JobRecord | None = await self._documents.load("job", id)
         if there is not None:
             return there
-        if len(self._live) >= self._config.max_live_jobs:
-            raise Refusal(
-                429,
-                "too_many_jobs",
-                f"{len(self._live)} jobs are running",
-                hint="wait for some, or cancel them",
-                retry_after_s=5,
-            )
-        if len(steps) > MAX_PARTS:
-            raise Refusal(
-                422,
-                "too_large",
-                f"this needs {len(steps)} parts, of at most {MAX_PARTS}",
-                hint="select less at a time",
-            )
+        self.check_room(len(steps))
         now_s = self._wall_s()
         orders: dict[bytes, str] = {}
         parts = []
@@ -140,6 +126,28 @@ class Jobs:
         if await self._documents.create("job", id, job, ttl_s=self._ttl_s(job)):
             return job
         return await self.get(id)
+
+    def check_room(self, parts: int) -> None:
+        """Nothing, when a job of so many parts may be made.
+
+        Raises:
+            Refusal: too many jobs, or too large a one.
+        """
+        if len(self._live) >= self._config.max_live_jobs:
+            raise Refusal(
+                429,
+                "too_many_jobs",
+                f"{len(self._live)} jobs are running",
+                hint="wait for some, or cancel them",
+                retry_after_s=5,
+            )
+        if parts > MAX_PARTS:
+            raise Refusal(
+                422,
+                "too_large",
+                f"this needs {parts} parts, of at most {MAX_PARTS}",
+                hint="select less at a time",
+            )
 
     async def cancel(self, id: str) -> JobRecord:
         """Ask a job to end; one that has ended stays as it is.

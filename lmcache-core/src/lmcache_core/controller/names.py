@@ -23,6 +23,8 @@ class Names:
         self._config = config
         self._documents = documents
         self._unwritten: dict[str, dict[str, object]] = {"model": {}, "namespace": {}}
+        self._by_tag: dict[bytes, list[wire.Model]] | None = None
+        documents.listen(self._heard)
 
     async def learn(
         self, models: Iterable[wire.Model], notes: Iterable[wire.NamespaceNote]
@@ -67,15 +69,17 @@ class Names:
     def describe(self, tag: bytes) -> tuple[str, str, str]:
         """Model, tenant id and adapter of a namespace; "" is unknown, or none."""
         note = self.note(tag)
-        base = note.base if note else tag
-        model = next((m.name for m in self.models_of(base)), "")
+        model = next((model.name for model in self.models_of(tag)), "")
         return model, note.tenant if note else "", note.lora if note else ""
 
     def models_of(self, tag: bytes) -> list[wire.Model]:
         """Models whose chunks a namespace has."""
         note = self.note(tag)
-        base = note.base if note else tag
-        return [model for model in self.models() if model.tag == base]
+        if self._by_tag is None:
+            self._by_tag = {}
+            for model in self.models():
+                self._by_tag.setdefault(model.tag, []).append(model)
+        return self._by_tag.get(note.base if note else tag, [])
 
     def tags(self, *, bases: Collection[bytes] | None, tenant: str | None) -> set[bytes]:
         """Namespaces of these models (None: any) and of this tenant (None: any; "": without)."""
@@ -105,6 +109,11 @@ class Names:
                 hint=f"raise --max-{kind}s",
             )
         waiting[id] = value
+        self._heard(kind, id)
+
+    def _heard(self, kind: str, id: str) -> None:
+        if kind == "model":
+            self._by_tag = None
 
 
 def _model_id(model: wire.Model) -> str:

@@ -59,6 +59,7 @@ class Pins:
         there: PinRecord | None = await self._documents.load("pin", pin.id)
         if there is None:
             self._check_limits(pin)
+            self._jobs.check_room(len(instances))  # before anything is made
             ttl_s = pin.until_s - self._wall_s()
             key = secrets.token_hex(12)
             body = msgspec.msgpack.encode(order)
@@ -158,16 +159,19 @@ class Pins:
                 await self._documents.remove("pin", job.pin)
 
     def _check_limits(self, pin: PinRecord) -> None:
-        if len(self._documents.all("pin")) >= self._config.max_pins:
+        most = self._config.max_pins
+        if self._documents.number("pin") >= most and len(self.all()) >= most:
             raise Refusal(
                 409,
                 "too_many_pins",
-                f"there are {self._config.max_pins} pins already",
+                f"there are {most} pins already",
                 hint="end some, or raise --max-pins",
             )
         most = self._config.max_pinned_bytes_per_owner
+        if not most:
+            return
         taken = sum(other.nbytes for other in self.all() if other.owner == pin.owner)
-        if most and taken + pin.nbytes > most:
+        if taken + pin.nbytes > most:
             raise Refusal(
                 409,
                 "quota",

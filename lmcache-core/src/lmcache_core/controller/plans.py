@@ -144,6 +144,9 @@ def shown(job: JobRecord) -> messages.Job:
     for part in job.parts:
         for reason, chunks in part.errors.items():
             errors[reason] = errors.get(reason, 0) + chunks
+    # What is held for another instance to read is moved once.
+    held_for = {part.keys_of for part in job.parts if part.op == "copy"}
+    moved = [part.nbytes for number, part in enumerate(job.parts) if number not in held_for]
     return messages.Job(
         id=job.id,
         kind=job.kind,
@@ -152,7 +155,7 @@ def shown(job: JobRecord) -> messages.Job:
         ended_s=job.ended_s,
         total=sum(part.total for part in job.parts),
         settled=sum(part.settled for part in job.parts),
-        bytes=sum(part.nbytes for part in job.parts),
+        bytes=sum(moved),
         errors=errors,
         error=next(
             (f"{p.instance}: {p.error or 'failed'}" for p in job.parts if p.state == "failed"), ""

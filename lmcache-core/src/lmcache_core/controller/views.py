@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
+from operator import itemgetter
 
 from lmcache_core.agent import wire
 from lmcache_core.controller import messages
@@ -106,7 +108,7 @@ def lookup(chosen: Chosen, registry: Registry) -> messages.LookupReply:
 
 def usage(registry: Registry, names: Names, *, instance: str, tier: str) -> messages.UsageReply:
     """What namespaces take; "" of ``instance`` and ``tier`` means all."""
-    rows: list[messages.Usage] = []
+    shares: list[tuple[int, str, str, wire.Share]] = []
     truncated = False
     for record in registry.records.values():
         if instance not in ("", record.name):
@@ -115,22 +117,23 @@ def usage(registry: Registry, names: Names, *, instance: str, tier: str) -> mess
             if tier not in ("", status.name):
                 continue
             truncated |= len(status.shares) >= wire.MAX_NAMESPACES
-            for share in status.shares:
-                model, tenant, lora = names.describe(share.tag)
-                rows.append(
-                    messages.Usage(
-                        instance=record.name,
-                        tier=status.name,
-                        model=model,
-                        tenant_id=tenant,
-                        lora=lora,
-                        tag=share.tag.hex(),
-                        chunks=share.chunks,
-                        bytes=share.nbytes,
-                    )
-                )
-    rows.sort(key=lambda row: (-row.bytes, row.instance, row.tier, row.tag))
-    return messages.UsageReply(usage=rows[:MAX_USAGE], truncated=truncated or len(rows) > MAX_USAGE)
+            shares += ((-s.nbytes, record.name, status.name, s) for s in status.shares)
+    rows = []
+    for _, name, tier_name, share in heapq.nsmallest(MAX_USAGE, shares, key=itemgetter(0, 1, 2)):
+        model, tenant, lora = names.describe(share.tag)
+        rows.append(
+            messages.Usage(
+                instance=name,
+                tier=tier_name,
+                model=model,
+                tenant_id=tenant,
+                lora=lora,
+                tag=share.tag.hex(),
+                chunks=share.chunks,
+                bytes=share.nbytes,
+            )
+        )
+    return messages.UsageReply(usage=rows, truncated=truncated or len(shares) > MAX_USAGE)
 
 
 def prefixes(records: Iterable[Record], names: Names, limit: int) -> messages.Prefixes:
