@@ -152,9 +152,7 @@ def serve(pipe: Connection, instances: int, chunks: int) -> None:
                     kind="embedded", reset=True, status=status, models=(served,), changes=changes,
                 )
             )  # fmt: skip
-        await fill(
-            known.directory, [r.slot for r in known.registry.records.values()], chunks
-        )
+        await fill(known.directory, [r.slot for r in known.registry.records.values()], chunks)
         listener = listen("127.0.0.1", 0)
         app = build(config, known, on_start=lambda: pipe.send(listener.getsockname()[1]))
         await uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on")).serve([listener])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,7 +211,6 @@ class Rig:
     controller: Controller
     clock: Clock
     _made: contextlib.ExitStack
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def instance(self, name: str = "i0", *, token: str = INSTANCE_TOKEN, **fields: Any) -> Any:
         """An instance that has not spoken yet."""
@@ -249,7 +245,6 @@ def rig(
     state: State | None = None,
     *,
     clock: Clock | None = None,
-    served_as: Callable[[Any], Any] = lambda app: app,
     **limits: Any,
 ) -> Iterator[Rig]:
     """A controller with ``limits``; its clock stands still until a test turns it."""
@@ -264,7 +259,7 @@ def rig(
             known = Controller(
                 config, state or SqliteState(":memory:", wall_s=clock), now_s=clock, wall_s=clock
             )
-            made["controller"], made["app"] = known, served_as(build(config, known))  # type: ignore[assignment]
+            made["controller"], made["app"] = known, build(config, known)  # type: ignore[assignment]
         await made["app"](scope, receive, send)  # type: ignore[operator]
 
     with contextlib.ExitStack() as stack:
@@ -272,15 +267,6 @@ def rig(
         found = Rig(url, None, made["controller"], clock, stack)  # type: ignore[arg-type]
         found.client = found.made_client(TOKEN)
         yield found
-
-
-def run(work: Any) -> Any:
-    """What a coroutine gives."""
-    return asyncio.run(work)
-
-
-def dumped(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
 
 
 class Worker(FakeInstance):
@@ -318,3 +304,19 @@ class Worker(FakeInstance):
         super().restarts(**fields)
         self.run.clear()
         self.ended.clear()
+
+
+def workers(made: Rig, *known: Worker, served: wire.Model, keys: list[bytes]) -> list[Worker]:
+    """Giver, which has ``keys`` on disk, and taker, which meet this controller."""
+    if not known:
+        return [
+            Worker(
+                made.made_client(INSTANCE_TOKEN), name=name, models=(served,),
+                status={"channel": f"tcp://{name}:1"},
+                held={"host": set(), "disk": set(keys) if name == "giver" else set()},
+            )
+            for name in ("giver", "taker")
+        ]  # fmt: skip
+    for worker in known:
+        worker.meets(made.made_client(INSTANCE_TOKEN))
+    return list(known)

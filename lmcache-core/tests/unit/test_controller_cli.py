@@ -189,7 +189,7 @@ def test_an_open_address_without_tls_is_warned_of(home: Path) -> None:
 
 def test_a_password_of_redis_is_not_shown(home: Path) -> None:
     with redis_server() as server:
-        url = server.url.replace("redis://", "redis://default:hunter2@")
+        url = server.url.replace("redis://", "redis://me:hunter2@")
         result = run(app, ["controller", "--port", "0", "--state", url])
         assert result.exit_code == 2 and "hunter2" not in result.output
         assert "refuses us" in result.stderr

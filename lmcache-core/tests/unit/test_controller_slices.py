@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from controller_ops import SERVED, ask, greeted, place
 from controller_rig import rig, tier
-from test_controller_jobs import SERVED, ask, greeted, place
 
 from lmcache_core.agent import wire
 

@@ -21,8 +21,8 @@ from lmcache_core.cli.pd_proxy import listen
 from lmcache_core.cli.show import fail
 from lmcache_core.config import parse_size
 from lmcache_core.controller.config import ControllerConfig
-from lmcache_core.controller.state import REDIS_SCHEMES, open_state
-from lmcache_core.sdk import ConfigError, LMCacheError
+from lmcache_core.controller.state import REDIS_SCHEMES, State, open_state
+from lmcache_core.sdk import BackendUnavailable, ConfigError, LMCacheError
 from lmcache_core.tokens import make_token
 from lmcache_core.url import redact
 
@@ -164,6 +164,7 @@ def serve_controller(config: ControllerConfig, wish: Wish) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with listen(wish.host, wish.port) as listener:
         state = open_state(wish.state)
+        _try_state(state)
         known = Controller(config, state)
         app = build(config, known, on_start=lambda: _say_ready(wish, listener))
         settings = uvicorn.Config(
@@ -198,6 +199,14 @@ def _server(settings: uvicorn.Config, drain: Callable[[], None]) -> uvicorn.Serv
             super().handle_exit(sig, frame)
 
     return Server(settings)
+
+
+def _try_state(state: State) -> None:
+    """Nothing, unless the store refuses us for good; one that is away may come."""
+    try:
+        state.count("job")
+    except BackendUnavailable as error:
+        typer.echo(f"warning: {error.message}; going on without it", err=True)
 
 
 def _check_tls(wish: Wish) -> None:
