@@ -75,6 +75,11 @@ class Pins:
     def __contains__(self, name: str) -> bool:
         return name in self._pins
 
+    @property
+    def any(self) -> bool:
+        """Whether there is something to look at."""
+        return bool(self._pins or self._gone)
+
     def lasts(self, one: Pinned) -> bool:
         """Whether ``one`` has not ended, and no other has taken its name."""
         return self._pins.get(one.name) is one

@@ -226,7 +226,7 @@ def test_after_a_long_absence_instances_have_time_to_come_back(tmp_path: Path) -
     path = str(tmp_path / "state")
     limits = {"lease_s": 20, "job_timeout_s": 100}
     clock = Clock()
-    with rig(SqliteState(path, wall_s=clock), clock=clock, **limits) as made:
+    with rig(SqliteState(path, wall_s=clock), clock=clock, **limits, tick_s=60) as made:
         greeted(made)
         old = ask(made, "clear")
         made.clock.now_s += 50

@@ -113,8 +113,8 @@ class Agent:
         self._namespaces: OrderedDict[bytes, wire.NamespaceNote] = OrderedDict()
         self._top: OrderedDict[bytes, list[int]] = OrderedDict()
         self._limits: tuple[wire.Limit, ...] = ()
-        self._status: wire.Status | None = None
-        self._status_s = 0.0
+        self._tiers: tuple[wire.TierStatus, ...] = ()
+        self._looked_s = 0.0
         self._wanted = threading.Event()
         self._closed = False
         self.links = [
@@ -131,20 +131,24 @@ class Agent:
     # Owner's side.
 
     def tick(self) -> None:
-        """Do what was ordered, a moment's worth; owner only."""
-        while self._inbox:
-            self._inbox.popleft()()
-        if self._pins is not None:
-            self._pins.tick()
-        if self._orders is not None:
-            self._orders.step()
-            self._progress = self._orders.progress()
-        if self.changes is not None:
-            self.changes.tick()
+        """Do what was ordered, a moment's worth; owner only.  Called in every step of the engine,
+        so that where there is nothing to do it costs nothing."""
+        orders, pins, changes = self._orders, self._pins, self.changes
+        if self._inbox or (orders is not None and orders.active):
+            while self._inbox:
+                self._inbox.popleft()()
+            if orders is not None:
+                orders.step()
+                self._progress = orders.progress()
+        if pins is not None and pins.any:
+            pins.tick()
         now_s = time.monotonic()
-        if now_s - self._status_s >= STATUS_S:
-            self._status_s = now_s
-            self._status = self._look()
+        if now_s - self._looked_s >= STATUS_S:
+            self._looked_s = now_s
+            self._tiers = self._look_at_tiers()
+        if changes is not None and changes.asked:
+            # Last: whoever has heard what is here knows the tiers too.
+            changes.tick()
 
     def close(self) -> bool:
         """End links and threads; pins end with the process.  False when a thread still runs."""
@@ -215,11 +219,27 @@ class Agent:
             notes = list(self._namespaces.values())
         return tuple(notes[start : start + wire.MAX_NAMESPACES])
 
-    def status(self) -> wire.Status | None:
-        """As of the last `tick`."""
-        if self._engine is None:
-            return self._look()
-        return self._status
+    def status(self) -> wire.Status:
+        """Now; of tiers as of a `tick` within the last moment."""
+        counters = self.metrics.snapshot()
+        with self._lock:
+            rows = list(self._top.items())
+        most = sorted(rows, key=lambda row: row[1][0], reverse=True)[: wire.MAX_TOP]
+        return wire.Status(
+            version=_version(),
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self._started_s,
+            backends=self.about.backends,
+            tiers=self._tiers,
+            channel=self.about.channel,
+            node=self.about.node(),
+            counters=dict(list(counters.items())[: wire.MAX_COUNTERS]),
+            top=tuple(
+                wire.TopPrefix(key, saved, requests, chunks)
+                for key, (saved, requests, chunks) in most
+            ),
+            tokenizer=self.about.tokenize is not None,
+        )
 
     def progress(self) -> tuple[wire.Progress, ...]:
         """Of orders, as of the last `tick`."""
@@ -275,27 +295,7 @@ class Agent:
         for tier in self._engine.tiers.writable:
             tier.limit_shares(of(tier.name))
 
-    def _look(self) -> wire.Status:
-        counters = self.metrics.snapshot()
-        with self._lock:
-            most = sorted(self._top.items(), key=lambda item: item[1][0], reverse=True)
-        return wire.Status(
-            version=_version(),
-            pid=os.getpid(),
-            uptime_s=time.monotonic() - self._started_s,
-            backends=self.about.backends,
-            tiers=self._tiers(),
-            channel=self.about.channel,
-            node=self.about.node(),
-            counters=dict(list(counters.items())[: wire.MAX_COUNTERS]),
-            top=tuple(
-                wire.TopPrefix(key, saved, requests, chunks)
-                for key, (saved, requests, chunks) in most[: wire.MAX_TOP]
-            ),
-            tokenizer=self.about.tokenize is not None,
-        )
-
-    def _tiers(self) -> tuple[wire.TierStatus, ...]:
+    def _look_at_tiers(self) -> tuple[wire.TierStatus, ...]:
         engine = self._engine
         if engine is None:
             return ()

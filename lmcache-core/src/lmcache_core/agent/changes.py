@@ -34,7 +34,11 @@ class Cursor:
 
 
 class Changes:
-    """Written by the engine's owner, read by the links' threads; thread-safe."""
+    """Written by the engine's owner, read by the links' threads; thread-safe.
+
+    Attributes:
+        asked: somebody wants to be told all that is held: `tick` is due.
+    """
 
     def __init__(self, engine: ChunkEngine) -> None:
         self._engine = engine
@@ -44,6 +48,7 @@ class Changes:
         self._kept: deque[tuple[int, bool, bytes]] = deque()
         self._first = 0
         self._cursors: list[Cursor] = []
+        self.asked = True
         engine.on_residency(self._changed)
 
     def cursor(self) -> Cursor:
@@ -55,9 +60,8 @@ class Changes:
 
     def tick(self) -> None:
         """Say all that is held to those who want it.  Owner only."""
+        self.asked = False
         wanting = [cursor for cursor in self._cursors if cursor.wanted]
-        if not wanting:
-            return
         held = [self._engine.host.resident()]
         held += [tier.resident() for tier in self._engine.tiers.readable]
         pieces = [
@@ -74,7 +78,7 @@ class Changes:
     def again(self, cursor: Cursor) -> None:
         """Its controller has a gap, or is another one: it is to be told all."""
         with self._lock:
-            cursor.wanted = True
+            cursor.wanted = self.asked = True
             cursor.pieces.clear()
 
     def behind(self, cursor: Cursor) -> bool:
@@ -90,7 +94,7 @@ class Changes:
             if cursor.pieces:
                 return (cursor.pieces.popleft(),)
             if cursor.at < self._first:
-                cursor.wanted = True
+                cursor.wanted = self.asked = True
                 return ()
             start = cursor.at - self._first
             kept = self._kept

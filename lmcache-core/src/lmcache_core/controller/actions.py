@@ -282,7 +282,10 @@ def _between(
 def _slice_keys(model: wire.Model, *records: Record) -> int:
     """How many chunks of ``model`` go through the host tiers at a time."""
     largest = max(kind.layout.payload_bytes for kind in model.kinds)
-    host_bytes = min(record.tiers[0].capacity_bytes for record in records)
+    limits = [record.tiers[0].capacity_bytes for record in records]
+    host_bytes = min(
+        (limit for limit in limits if limit), default=SLICE_KEYS * largest * HOST_SHARE
+    )
     return max(1, min(SLICE_KEYS, host_bytes // HOST_SHARE // largest))
 
 
