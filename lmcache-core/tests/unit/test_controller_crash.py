@@ -234,7 +234,8 @@ def test_without_its_store_it_goes_on_with_what_it_knows_and_recovers() -> None:
 
             until(works)
             until(lambda: made.get("/v1/health")["status"] == "ok")
-            until(lambda: state.count("model") == 1, "names are written when it is back")
+            until(lambda: state.count("model") == 2, "names are written when it is back")
+            assert made.controller.names.describe(SERVED.tag)[0] == "m"
 
 
 def test_a_store_that_hangs_is_waited_for_once() -> None:

@@ -69,12 +69,18 @@ class Documents:
         self._failure: LMCacheError | None = None
         self._held: dict[str, dict[str, _Held]] = {kind: {} for kind in WATCHED}
         self._listeners: list[Listener] = []
+        self._on_emptied: list[Callable[[], None]] = []
         self._epoch = ""
         self._seen = 0
 
     def listen(self, listener: Listener) -> None:
         """Have ``listener`` told kind and id of each watched document that changed or went."""
         self._listeners.append(listener)
+
+    def on_emptied(self, call: Callable[[], None]) -> None:
+        """Have ``call`` made when somebody emptied the store, before its documents are forgotten
+        here."""
+        self._on_emptied.append(call)
 
     def all(self, kind: str) -> dict[str, Any]:
         """Every document of a watched kind that has not expired, by id."""
@@ -183,6 +189,8 @@ class Documents:
                 known = self._epoch != ""
                 self._epoch, self._seen = found.epoch, 0
                 if known:  # the store was emptied: nothing of before holds
+                    for call in self._on_emptied:
+                        call()
                     for kind, held in self._held.items():
                         for id in list(held):
                             self._forget(kind, id)

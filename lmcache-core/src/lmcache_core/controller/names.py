@@ -25,6 +25,7 @@ class Names:
         self._unwritten: dict[str, dict[str, object]] = {"model": {}, "namespace": {}}
         self._by_tag: dict[bytes, list[wire.Model]] | None = None
         documents.listen(self._heard)
+        documents.on_emptied(self._again)
 
     async def learn(
         self, models: Iterable[wire.Model], notes: Iterable[wire.NamespaceNote]
@@ -110,6 +111,12 @@ class Names:
             )
         waiting[id] = value
         self._heard(kind, id)
+
+    def _again(self) -> None:
+        """Names are as true in an empty store; instances tell them only once."""
+        for kind, waiting in self._unwritten.items():
+            for id, value in self._documents.all(kind).items():
+                waiting.setdefault(id, value)
 
     def _heard(self, kind: str, id: str) -> None:
         if kind == "model":
