@@ -24,7 +24,7 @@ from lmcache_core.controller.metrics import SERIES_NAMES
 from lmcache_core.controller.table import OPERATIONS
 
 OPEN = {"alive", "openapi"}
-FOR_INSTANCES = {"sync", "where"}
+FOR_INSTANCES = {"metrics", "sync", "where"}
 
 
 def problem(answer: httpx.Response, status: int) -> messages.ErrorBody:

@@ -16,7 +16,8 @@ class ControllerConfig:
 
     Attributes:
         token: of operators: everything.
-        instance_token: of instances: ``/v1/sync`` and ``/v1/where`` only; "" is none.
+        instance_token: of instances: ``/v1/sync`` and ``/v1/where``, and ``/metrics`` for who
+            collects them; "" is none.
         allowed_hosts: names that a Host header may have, beside those of loopback.
         lease_s: an instance that says nothing for so long is lost.
         forget_s: a lost instance is no longer shown.
