@@ -9,13 +9,16 @@ from collections.abc import Iterator
 
 import pytest
 from agent_rig import FakeController, joined, settled, truth
-from scripted import LAYOUT, SLOT_BYTES, Make, Pages, Scripted, make, prompt
+from scripted import LAYOUT, SLOT_BYTES, Make, Pages, Scripted, make, prompt, until
 from test_clearing import Gate, Held
 
 from lmcache_core.agent import changes as changes_module
 from lmcache_core.agent import wire
+from lmcache_core.agent.orders import Orders
 from lmcache_core.engine import CacheEngine
 from lmcache_core.layout import LayoutSpec
+from lmcache_core.pins import Pins
+from lmcache_core.tiers.remote import RemoteTier
 
 __all__ = ["make"]
 KINDS = (wire.ChunkKind(bytes(6), LayoutSpec.of(LAYOUT)),)
@@ -315,18 +318,25 @@ def test_what_can_not_be_done_is_told(make: Make, controller: FakeController) ->
             assert progress.state == "failed" and progress.error, order.id
 
 
-def test_a_cancelled_order_ends(make: Make, controller: FakeController) -> None:
+def test_a_cancelled_order_ends(make: Make) -> None:
     store_ = Held()
     engine = make(store_, Scripted())
+    pins = Pins(engine, max_bytes=1 << 30)
+
+    def no_peer(address: str) -> RemoteTier:
+        raise AssertionError
+
+    orders = Orders(engine, pins, no_peer)
     store(engine, 1, 1)
-    with joined(engine, controller):
-        assert store_.reached.wait(5)
-        owe(controller, orders=(wire.Clear(id="o1"),))
-        controller.until(lambda: "o1" in controller.progress)
-        owe(controller, cancel=("o1",))
-        controller.until(lambda: not controller.owed)
-        store_.go.set()
-        assert done(controller, "o1").state == "cancelled"
+    until(engine, store_.reached.is_set)
+    orders.accept(wire.Clear(id="o1"))
+    orders.step()
+    orders.cancel("o1")
+    assert orders.active, "a put is on its way, behind which it deletes"
+    store_.go.set()
+    until(engine, lambda: (orders.step(), not orders.active)[1])
+    (progress,) = orders.progress()
+    assert progress.state == "cancelled"
 
 
 def test_limits_hold_tenants_to_their_share(make: Make, controller: FakeController) -> None:
