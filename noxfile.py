@@ -288,6 +288,7 @@ def bench(session: nox.Session) -> None:
     session.run(python, "benchmarks/steps.py", *out, env=env, external=True)
     session.run(python, "benchmarks/stores.py", *out, env=env, external=True)
     session.run(python, "benchmarks/codecs.py", *out, env=env, external=True)
+    session.run(python, "benchmarks/controller.py", *out, env=env, external=True)
     from store_env import install
 
     for store in STORES[1:]:
