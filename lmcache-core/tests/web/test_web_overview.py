@@ -126,6 +126,7 @@ def test_a_chart_can_be_read_by_mouse_keyboard_and_as_a_table(board: Page, world
     assert plot.get_attribute("aria-valuenow") == plot.get_attribute("aria-valuemax")
 
     board.click(".chart summary")
+    until(lambda: board.all(".chart:first-child tbody tr"))
     rows = board.all(".chart:first-child tbody tr")
     assert 10 <= len(rows) <= 20 and " %" in rows[0].text
 
