@@ -198,7 +198,8 @@ class Page:
     def judge(self) -> None:
         """Nothing was complained about, blocked, or asked of another host."""
         assert self.js("return window.violations") == [], "the policy was violated"
-        assert self.js("return window.complaints") == []
+        complaints = self.js("return window.complaints")
+        assert complaints == [], f"the page complains: {complaints}"
         rows = [row["message"] for row in self.driver.get_log("browser")]
         wrong = [row for row in rows if not any(part in row for part in self.expected)]
         assert wrong == [], f"the console complains: {wrong}"
