@@ -25,7 +25,7 @@ import uvicorn
 from figures import Figure, median, save, show, spread
 
 from lmcache_core.agent import wire
-from lmcache_core.cli.pd_proxy import listen
+from lmcache_core.cli.listening import listen
 from lmcache_core.controller.app import build
 from lmcache_core.controller.config import ControllerConfig
 from lmcache_core.controller.core import Controller

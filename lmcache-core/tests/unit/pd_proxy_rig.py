@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from lmcache_core.cli.pd_proxy import listen
+from lmcache_core.cli.listening import listen
 from lmcache_core.proxy.app import build
 from lmcache_core.proxy.config import Engine, ProxyConfig
 from lmcache_core.proxy.exchange import Exchange

@@ -15,7 +15,7 @@ from pd_proxy_rig import LIMIT_S, FakeEngine, served, until
 from typer.testing import CliRunner
 
 from lmcache_core.cli.app import app
-from lmcache_core.cli.pd_proxy import listen
+from lmcache_core.cli.listening import listen
 
 run = CliRunner().invoke
 PREFILL = ["--prefill", "http://127.0.0.1:8100"]

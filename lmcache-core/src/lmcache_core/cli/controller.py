@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmcache_core.cli.pd_proxy import listen
+from lmcache_core.cli.fleet_options import TOKEN_FILE
+from lmcache_core.cli.listening import address_of, allow_files, is_local, listen, state_file
 from lmcache_core.cli.show import fail
 from lmcache_core.config import parse_size
 from lmcache_core.controller.config import ControllerConfig
@@ -34,7 +33,6 @@ EPILOG = (
     "--tls-cert cert.pem --tls-key key.pem   |   "
     "lmc controller --state redis://127.0.0.1:6379/0 --port 0 --json"
 )
-_TOKEN = "controller.token"
 _STATE = "controller.sqlite"
 _KEEP_ALIVE_S = 30
 
@@ -115,7 +113,7 @@ def controller(
             host=host,
             port=port,
             state=state or _default(_STATE),
-            token_file=token_file or _default(_TOKEN),
+            token_file=token_file or _default(TOKEN_FILE),
             tls_cert=tls_cert,
             tls_key=tls_key,
             drain_timeout_s=drain_timeout_s,
@@ -160,8 +158,7 @@ def serve_controller(config: ControllerConfig, wish: Wish) -> None:
             hint="pip install 'lmcache-core[controller]'",
         ) from error
     _check_tls(wish)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_files()
     with listen(wish.host, wish.port) as listener:
         state = open_state(wish.state)
         _try_state(state)
@@ -227,8 +224,8 @@ def _check_tls(wish: Wish) -> None:
 
 def _default(name: str) -> str:
     """A file of this user's state directory, which is made."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    folder = Path(base) / "lmcache-core"
+    file = state_file(name)
+    folder = file.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -237,7 +234,7 @@ def _default(name: str) -> str:
             op="controller",
             hint="set XDG_STATE_HOME, or give --state and --token-file",
         ) from error
-    return str(folder / name)
+    return str(file)
 
 
 def _own_name(host: str) -> tuple[str, ...]:
@@ -246,10 +243,8 @@ def _own_name(host: str) -> tuple[str, ...]:
 
 
 def _say_ready(wish: Wish, listener: socket.socket) -> None:
-    host = f"[{wish.host}]" if ":" in wish.host else wish.host
-    scheme = "https" if wish.tls_cert else "http"
-    address = f"{scheme}://{host}:{listener.getsockname()[1]}"
-    if not wish.tls_cert and not listener.getsockname()[0].startswith(("127.", "::1")):
+    address = address_of(listener, wish.host, scheme="https" if wish.tls_cert else "http")
+    if not wish.tls_cert and not is_local(listener):
         typer.echo(
             f"warning: tokens and salts reach {address} unencrypted; --tls-cert and --tls-key "
             "encrypt them",

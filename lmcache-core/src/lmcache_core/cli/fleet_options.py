@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -14,6 +13,7 @@ import typer
 from lmcache_core.agent.http import ControllerLink
 from lmcache_core.agent.wire import tenant_id as id_of
 from lmcache_core.cli.fleet_link import MAX_CONTROLLERS, Fleet
+from lmcache_core.cli.listening import state_file
 from lmcache_core.controller.messages import Place, Selection
 from lmcache_core.sdk import ConfigError
 from lmcache_core.tokens import read_token
@@ -23,17 +23,13 @@ URL_VARIABLE = "LMCACHE_CONTROLLERS"
 """The setting of engines, so that one value is for both."""
 TOKEN_VARIABLE = "LMCACHE_CONTROLLER_TOKEN_FILE"
 TENANT_VARIABLE = "LMCACHE_TENANT"
+TOKEN_FILE = "controller.token"
+"""Of the operators, in the state directory, unless told otherwise."""
 MAX_INPUT_BYTES = 16 << 20
 _CONNECTION = "Connection"
 _SELECTION = "Which chunks"
 
 S = TypeVar("S", bound=msgspec.Struct)
-
-
-def default_token_file() -> str:
-    """Where ``lmc controller`` keeps the operators' token, unless told otherwise."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return str(Path(base) / "lmcache-core" / "controller.token")
 
 
 def _listed(text: str) -> list[str]:
@@ -78,7 +74,7 @@ def connect(
     urls = [url.strip() for url in urls if url.strip()] or [DEFAULT_URL]
     if len(urls) > MAX_CONTROLLERS:
         raise ConfigError(f"{len(urls)} controllers", hint=f"name at most {MAX_CONTROLLERS}")
-    file = token_file or os.environ.get(TOKEN_VARIABLE, "") or default_token_file()
+    file = token_file or os.environ.get(TOKEN_VARIABLE, "") or str(state_file(TOKEN_FILE))
     token = read_token(file)
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import socket
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from lmcache_core.cli.listening import address_of, allow_files, is_local, listen
 from lmcache_core.cli.show import fail
 from lmcache_core.config import parse_size
 from lmcache_core.proxy import Engine, ProxyConfig
@@ -25,7 +25,6 @@ EPILOG = (
     "lmc pd-proxy --prefill http://p0:8000 --prefill http://p1:8000 "
     "--decode http://d0:8000@tcp://d0:7001 --port 0 --json"
 )
-_BACKLOG = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +113,7 @@ def serve_proxy(config: ProxyConfig, wish: Listening) -> None:
             op="pd-proxy",
             hint="pip install 'lmcache-core[proxy]'",
         ) from error
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_files()
     listener = listen(wish.host, wish.port)
     with listener:
         app = build(config, on_start=lambda: _say_ready(config, wish, listener))
@@ -137,31 +135,9 @@ def serve_proxy(config: ProxyConfig, wish: Listening) -> None:
         server.run(sockets=[listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket whose connections send small pieces at once.
-
-    Raises:
-        ConfigError: the address can't be listened at.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        # asyncio does so only where the socket's protocol number is given, which it is not here:
-        # each token would wait for the acknowledgement of the one before, up to 40 ms.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
-    except OSError as error:
-        raise ConfigError(
-            f"can't listen at {host}:{port}: {error.strerror or error}",
-            op="pd-proxy",
-            hint="choose another --host or --port (0 takes a free one)",
-        ) from error
-
-
 def _say_ready(config: ProxyConfig, wish: Listening, listener: socket.socket) -> None:
-    host = f"[{wish.host}]" if ":" in wish.host else wish.host
-    address = f"http://{host}:{listener.getsockname()[1]}"
-    if not config.token and not listener.getsockname()[0].startswith(("127.", "::1")):
+    address = address_of(listener, wish.host)
+    if not config.token and not is_local(listener):
         typer.echo(
             f"warning: whoever reaches {address} may ask; --token-file asks for a token", err=True
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import signal
 import socket
 import time
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from lmcache_core.agent.agent import About
 from lmcache_core.chunks import ChunkEngine
+from lmcache_core.cli.listening import allow_files
 from lmcache_core.config import EngineConfig
 from lmcache_core.joining import join_engine
 from lmcache_core.metrics import Metrics
@@ -55,7 +55,7 @@ def serve_node(config: EngineConfig, wish: Serving) -> int:
         ConfigError: a wrong address, a server that runs there already, a wrong configuration.
         BackendUnavailable: a store that can't be reached.
     """
-    _allow_files()
+    allow_files()
     wake = Wake()
     with contextlib.ExitStack() as undo:
         # Before the memory: a second server is told at once.
@@ -148,12 +148,6 @@ def _addresses(wish: Serving, config: EngineConfig) -> list[Address]:
         if not addresses[1].is_tcp:
             raise ConfigError(f"{wish.listen} is not TCP", op="serve", hint="tcp://127.0.0.1:9250")
     return addresses
-
-
-def _allow_files() -> None:
-    """As many open files as this process may have: each client takes one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _say_ready(
