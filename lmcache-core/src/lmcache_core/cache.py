@@ -7,8 +7,8 @@ that a node server shares.  Both give slots of an arena, which workers map by an
 from __future__ import annotations
 
 import enum
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -121,7 +121,7 @@ class Cache(Protocol):
     metrics: Metrics
     layouts: tuple[ChunkLayout, ...]
     capacity_bytes: int
-    owner: threading.RLock  # type: ignore[valid-type]
+    owner: AbstractContextManager[object]
 
     @property
     def handle(self) -> ArenaHandle:
@@ -233,7 +233,7 @@ class EmbeddedCache:
         self.metrics = engine.metrics
         self.layouts = tuple(layouts)
         self.capacity_bytes = engine.host.capacity_bytes
-        self.owner = engine.owner
+        self.owner: AbstractContextManager[object] = engine.owner
         self._handle = LocalArena(engine.host.arena.ref, engine.host.arena)
 
     @property

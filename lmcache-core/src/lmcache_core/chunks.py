@@ -99,7 +99,7 @@ class ChunkEngine:
             self.metrics.gauge(f"{tier.name}.used_bytes", partial(getattr, tier, "used_bytes"))
             self.metrics.gauge(f"{tier.name}.available", partial(getattr, tier, "available"))
             tier.on_lost = partial(self._lose, tier=tier)
-            tier.on_evict = partial(self._evicted_below, tier.name)
+            tier.on_evict = partial(self.note_gone, tier.name)
 
     def now_s(self) -> float:
         """The engine's clock."""
@@ -246,6 +246,12 @@ class ChunkEngine:
         for tier in self.tiers.readable:
             tier.on_change = partial(self._changed, tier.name)
 
+    def note_gone(self, tier: str, keys: Sequence[bytes], policy: str) -> None:
+        """Remember how ``keys`` left ``tier``, for who asks why they missed."""
+        at_s = self.now_s()
+        for key in keys:
+            self.evicted.add(key, Eviction(at_s, tier, policy))
+
     def flush(self, timeout_s: float) -> bool:
         """Block until lower tiers have settled what was stored, or ``timeout_s``."""
         self._wait(lambda: not self._demoting, timeout_s)
@@ -300,16 +306,7 @@ class ChunkEngine:
 
     def _evicted(self, key: bytes, policy: str) -> None:
         self.metrics.counter("host.evicted").inc()
-        self.note_gone([key], "host", policy)
-
-    def note_gone(self, keys: Sequence[bytes], tier: str, policy: str) -> None:
-        """Remember how ``keys`` left ``tier``, for who asks why they missed."""
-        at_s = self.now_s()
-        for key in keys:
-            self.evicted.add(key, Eviction(at_s, tier, policy))
-
-    def _evicted_below(self, tier: str, keys: Sequence[bytes], policy: str) -> None:
-        self.note_gone(keys, tier, policy)
+        self.note_gone("host", [key], policy)
 
     def _lose(self, chunk: HostChunk, tier: RemoteTier) -> None:
         self.lose(chunk)

@@ -126,7 +126,7 @@ class Clearing:
         self.deleted += len(asked) - len(kept)
         self._fail("not_deleted", len(kept))
         gone = set(asked).difference(kept)
-        self._engine.note_gone([key for key in asked if key in gone], tier, "cleared")
+        self._engine.note_gone(tier, [key for key in asked if key in gone], "cleared")
 
     def listing_failed(self, tier: RemoteTier) -> None:
         """A store could not be listed: what it has of others is still there."""
@@ -155,7 +155,7 @@ class Clearing:
     def _drop(self, keys: Sequence[bytes]) -> None:
         self.deleted += len(keys)
         self._engine.host.drop(keys)
-        self._engine.note_gone(keys, "host", "cleared")
+        self._engine.note_gone("host", keys, "cleared")
 
     def _fail(self, reason: str, count: int) -> None:
         if count:

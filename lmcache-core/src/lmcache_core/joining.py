@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -103,7 +104,7 @@ def _agent(
     metrics: Metrics,
     *,
     turn: Callable[[], None],
-    owner: object,
+    owner: AbstractContextManager[object],
     open_peer: Callable[[str], RemoteTier],
     max_pinned_bytes: int,
 ) -> Agent:
@@ -120,7 +121,7 @@ def _agent(
         ca_file=config.controller_ca_file,
         metrics=metrics,
         turn=turn,
-        owner=owner,  # type: ignore[arg-type]
+        owner=owner,
         open_peer=open_peer,
         max_pinned_bytes=max_pinned_bytes,
         sync_s=config.controller_sync_s,

@@ -236,15 +236,7 @@ def test_a_crash_at_every_file_operation_of_a_move_loses_nothing() -> None:
         life.engine.host.drop(keys)
         life.engine.tiers.readable[1].delete(keys)
         run_until(life, lambda life=life: not life.remote._values)
-        left = number
-
-        def fault(op: str) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Crash
-
-        life.disk.fault = fault
+        life.disk.crash_after(number)
         try:
             move(life, keys)
             ended = True

@@ -34,15 +34,7 @@ def test_a_chunk_is_there_in_one_form_or_the_other(codec: str, power: bool) -> N
     for number in range(200):
         simulation = Simulation(seed=number, durability="host")
         stored(simulation, codec)
-        left = number
-
-        def fault(op: str) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Crash
-
-        simulation.disk.fault = fault
+        simulation.disk.crash_after(number)
         try:
             recoded(simulation, codec)
             ended = True

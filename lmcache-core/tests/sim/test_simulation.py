@@ -211,15 +211,7 @@ class Simulation:
                 inode.data[self.rng.randrange(len(inode.data))] ^= 1 << self.rng.randrange(8)
 
     def crash_soon(self) -> None:
-        left = self.rng.randint(0, 12)
-
-        def fault(op: str) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Crash
-
-        self.disk.fault = fault
+        self.disk.crash_after(self.rng.randint(0, 12))
 
     def restart(self) -> None:
         self.disk.crash(power=self.rng.random() < 0.5)

@@ -282,6 +282,18 @@ class SimDisk:
             if name.startswith(inside) and "/" not in rest:
                 yield FileEntry(rest, False, len(inode.data), inode.mtime_s)
 
+    def crash_after(self, count: int) -> None:
+        """Have everything end at the next primitive but so many."""
+        left = count
+
+        def fault(op: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+
+        self.fault = fault
+
     def crash(self, *, power: bool) -> None:
         """The process dies; with ``power`` unsynced names and bytes may be lost too."""
         self._open.clear()

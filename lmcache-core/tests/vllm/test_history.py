@@ -50,7 +50,7 @@ def test_a_gap_in_the_middle_tells_what_went_and_what_is_not_needed(
     engine = start(llama, {**extra, "tiers": [{"host": "64MiB"}]})
     keys = [row.key for row in ask(engine, "new", PROMPT)]
     cache = engine.cache
-    cache.note_gone(keys[2:3], "host", "lru")
+    cache.note_gone("host", keys[2:3], "lru")
     cache.host.drop(keys[2:3])
     rows = ask(engine, "gap", PROMPT)
     assert reasons(rows) == ["", "", "evicted", "not_needed", "not_needed"]

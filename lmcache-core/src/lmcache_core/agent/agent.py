@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -87,7 +88,7 @@ class Agent:
         ca_file: str,
         metrics: Metrics,
         turn: Callable[[], None],
-        owner: threading.RLock,  # type: ignore[valid-type]
+        owner: AbstractContextManager[object],
         open_peer: Callable[[str], RemoteTier],
         max_pinned_bytes: int,
         sync_s: float,
@@ -271,7 +272,7 @@ class Agent:
                 return wire.Answer(id=question.id, tokens=tokens, found=True)
             if self.about.explain is None:
                 return wire.Answer(id=question.id)
-            with self._owner:  # type: ignore[attr-defined]
+            with self._owner:
                 rows = self.about.explain(question.request_id)
             return wire.Answer(id=question.id, misses=rows or [], found=rows is not None)
         except Exception as error:  # an adapter's mistake is told, and ends nothing here

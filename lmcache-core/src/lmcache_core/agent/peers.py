@@ -16,21 +16,18 @@ from lmcache_core.sdk import (
     BackendClosed,
     BackendUnavailable,
     Buffer,
-    Capabilities,
     GetResult,
     Health,
-    MemoryKind,
     OpContext,
     RemoteConnector,
-    Sharing,
     Status,
     Unsupported,
 )
+from lmcache_core.transport.peers import MAX_CALLS, peer_capabilities
 
 MAX_KNOWN = 65_536
 """Chunks of which it is remembered who has them."""
 MAX_PEERS = 256
-MAX_CALLS = 8
 
 _decoder = msgspec.msgpack.Decoder(wire.WhereReply)
 
@@ -58,14 +55,7 @@ class FleetConnector(RemoteConnector):
         open_peer: Callable[[str], RemoteConnector],
         max_batch: int,
     ) -> None:
-        self.capabilities = Capabilities(
-            max_concurrency=MAX_CALLS,
-            max_batch=max_batch,
-            memory=frozenset({MemoryKind.HOST, MemoryKind.PINNED}),
-            evicts=True,
-            sharing=Sharing.CLUSTER,
-            zero_copy=True,
-        )
+        self.capabilities = peer_capabilities(max_batch)
         self._instance = instance
         self._open_peer = open_peer
         self._lock = threading.Lock()

@@ -10,6 +10,7 @@ import threading
 import time
 from array import array
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from lmcache_core.cache import OnResidency, Refusal, Slot, Ticket, Wanted
 from lmcache_core.config import EngineConfig
@@ -53,7 +54,7 @@ class NodeCache:
         self.config = config
         self.metrics = Metrics()
         self.layouts = tuple(layouts)
-        self.owner = threading.RLock()
+        self.owner: AbstractContextManager[object] = threading.RLock()
         self._address = Address.parse(config.node)
         self._log = EventLog()
         self._numbers = 0

@@ -23,10 +23,24 @@ from lmcache_core.sdk import (
 from lmcache_core.transport.hub import Hub
 from lmcache_core.transport.messages import Ask, Borrow, Have, Lent, Message, Return
 
+MAX_CALLS = 8
+"""At the same time."""
 READ_SHARE = 0.9
 """Of the time that is left, for the read; the rest ends it in time."""
 
 T = TypeVar("T")
+
+
+def peer_capabilities(max_batch: int) -> Capabilities:
+    """Of whatever reads other engines' host tiers, so many chunks in one call."""
+    return Capabilities(
+        max_concurrency=MAX_CALLS,
+        max_batch=max_batch,
+        memory=frozenset({MemoryKind.HOST, MemoryKind.PINNED}),
+        evicts=True,
+        sharing=Sharing.CLUSTER,
+        zero_copy=True,
+    )
 
 
 class PeerConnector(RemoteConnector):
@@ -39,14 +53,7 @@ class PeerConnector(RemoteConnector):
     """
 
     def __init__(self, hub: Hub, address: str, *, max_batch: int = 64) -> None:
-        self.capabilities = Capabilities(
-            max_concurrency=8,
-            max_batch=max_batch,
-            memory=frozenset({MemoryKind.HOST, MemoryKind.PINNED}),
-            evicts=True,
-            sharing=Sharing.CLUSTER,
-            zero_copy=True,
-        )
+        self.capabilities = peer_capabilities(max_batch)
         self._hub = hub
         self._address = address
         self._closed = False
