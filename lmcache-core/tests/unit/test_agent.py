@@ -15,6 +15,7 @@ from test_clearing import Gate, Held
 from lmcache_core.agent import changes as changes_module
 from lmcache_core.agent import wire
 from lmcache_core.agent.orders import Orders
+from lmcache_core.clearing import Clearing
 from lmcache_core.engine import CacheEngine
 from lmcache_core.layout import LayoutSpec
 from lmcache_core.pins import Pins
@@ -337,6 +338,27 @@ def test_a_cancelled_order_ends(make: Make) -> None:
     until(engine, lambda: (orders.step(), not orders.active)[1])
     (progress,) = orders.progress()
     assert progress.state == "cancelled"
+
+
+def test_a_mistake_of_ours_ends_the_order_and_not_the_engine(
+    make: Make, controller: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Clearing) -> None:
+        raise AssertionError("impossible")
+
+    engine = make(Scripted())
+    keys = store(engine, 1, 2)
+    assert engine.flush(5)
+    with joined(engine, controller):
+        monkeypatch.setattr(Clearing, "step", broken)
+        owe(controller, orders=(wire.Clear(id="o1"),))
+        progress = done(controller, "o1")
+        assert progress.state == "failed" and "impossible" in progress.error
+        monkeypatch.undo()
+        owe(controller, orders=(wire.Clear(id="o2"),))
+        assert done(controller, "o2").state == "done"
+    assert engine.host.prefix(keys) == 0
+    assert engine.metrics.snapshot()["agent.order_broke"] == 1
 
 
 def test_limits_hold_tenants_to_their_share(make: Make, controller: FakeController) -> None:

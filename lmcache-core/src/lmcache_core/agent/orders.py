@@ -16,6 +16,7 @@ from lmcache_core.clearing import Clearing
 from lmcache_core.copying import Copying
 from lmcache_core.keys import TAG_BYTES
 from lmcache_core.layout import ChunkLayout
+from lmcache_core.logs import logger
 from lmcache_core.pins import Pinned, Pins, Run
 from lmcache_core.recode import Recode
 from lmcache_core.sdk import ConfigError, LMCacheError
@@ -135,21 +136,30 @@ class Orders:
         return any(isinstance(_inner(work), _ClearWork) for work in self._running.values())
 
     def _step(self, ident: str, work: _Work) -> None:
-        work.step()
-        if not work.done:
-            return
-        state = "cancelled" if isinstance(work, _Cancelled) else "done"
-        self._running.pop(ident, None)
-        if self._moving and self._moving[0] == ident:
-            self._moving = None
-        self._end(work.progress(state))
+        def step() -> None:
+            work.step()
+            if work.done:
+                state = "cancelled" if isinstance(work, _Cancelled) else "done"
+                self._end(work.progress(state))
 
-    def _try(self, ident: str, start: Callable[[], None]) -> None:
+        self._try(ident, step)
+        if ident in self._ended:
+            self._running.pop(ident, None)
+            if self._moving and self._moving[0] == ident:
+                self._moving = None
+
+    def _try(self, ident: str, step: Callable[[], None]) -> None:
+        """Whatever goes wrong ends the order, and not the engine in whose step it is."""
         try:
-            start()
+            step()
         except (LMCacheError, ValueError) as error:
             hint = getattr(error, "hint", "")
             text = f"{error}" if not hint or hint in f"{error}" else f"{error} ({hint})"
+            self._end(wire.Progress(id=ident, state="failed", error=text[: wire.MAX_TEXT]))
+        except Exception as error:  # a mistake of ours
+            self._engine.metrics.counter("agent.order_broke").inc()
+            logger.exception("order %s broke", ident)
+            text = f"a mistake in lmcache-core: {error!r}"
             self._end(wire.Progress(id=ident, state="failed", error=text[: wire.MAX_TEXT]))
 
     def _end(self, progress: wire.Progress) -> None:
