@@ -145,25 +145,15 @@ class Copying:
         if chunk is None:
             self._fail("no_room")
             return
-        self._active += 1
 
-        def fetched(status: Status | None, why: str) -> None:
-            if status is Status.ABANDONED:
-                self._engine.lose(chunk)
-            elif status is not Status.OK:
-                self._host.abort(chunk)
-            else:
-                doomed = chunk.doomed
-                self._host.seal(chunk)
-                self._active -= 1
-                if doomed:
-                    self._fail("cleared")
-                else:
-                    self._land(chunk, moved=True)
-                return
-            self._ended(why or _reason(status))
+        def fetched() -> None:
+            doomed = chunk.doomed
+            self._host.seal(chunk)
+            self._ended("cleared" if doomed else "")
+            if not doomed:
+                self._land(chunk, moved=True)
 
-        source.fetch(chunk, fetched)
+        self._fetch(source, chunk, fetched)
 
     def _look_again(self, key: bytes, parent: bytes | None, layout: ChunkLayout) -> None:
         now_s = self._engine.now_s()
@@ -179,19 +169,23 @@ class Copying:
         if chunk is None:
             self._fail("no_room")
             return
+        self._fetch(source, chunk, lambda: self._store(chunk, self._give_back))
+
+    def _fetch(self, source: RemoteTier, chunk: HostChunk, fetched: Callable[[], None]) -> None:
+        """Fill ``chunk``, then go on with ``fetched``; or free it, which ends it."""
         self._active += 1
 
-        def fetched(status: Status | None, why: str) -> None:
+        def settled(status: Status | None, why: str) -> None:
+            if status is Status.OK:
+                fetched()
+                return
             if status is Status.ABANDONED:
                 self._engine.lose(chunk)
-                self._ended("abandoned")
-            elif status is not Status.OK:
-                self._host.abort(chunk)
-                self._ended(why or _reason(status))
             else:
-                self._store(chunk, self._give_back)
+                self._host.abort(chunk)
+            self._ended(why or _reason(status))
 
-        source.fetch(chunk, fetched)
+        source.fetch(chunk, settled)
 
     def _store(self, chunk: HostChunk, free: Callable[[HostChunk, Status], None]) -> None:
         assert self._to is not None
