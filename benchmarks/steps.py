@@ -48,6 +48,8 @@ def request(number: int) -> Any:
         mm_features=[],
         lora_request=None,
         cache_salt=None,
+        kv_transfer_params=None,
+        trace_headers=None,
     )
 
 
