@@ -126,7 +126,8 @@ export class Chart {
         this.table,
       ),
     );
-    new ResizeObserver(() => this.#draw()).observe(this.plot);
+    // In the next frame: what is drawn in this one may change sizes that were just told.
+    new ResizeObserver(() => requestAnimationFrame(() => this.#draw())).observe(this.plot);
   }
 
   show(samples, interval_s) {
