@@ -12,6 +12,7 @@ from agent_rig import FakeController, joined, settled, truth
 from scripted import LAYOUT, SLOT_BYTES, Make, Pages, Scripted, make, prompt, until
 from test_clearing import Gate, Held
 
+from lmcache_core.agent import agent as agent_module
 from lmcache_core.agent import changes as changes_module
 from lmcache_core.agent import wire
 from lmcache_core.agent.orders import Orders
@@ -163,6 +164,21 @@ def test_namespaces_are_told_once_and_again_to_a_new_controller(
         controller.restart()
         controller.namespaces = {}
         controller.until(lambda: controller.namespaces == {note.tag: note})
+
+
+def test_new_namespaces_are_told_when_the_oldest_are_forgotten(
+    make: Make, controller: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "MAX_NAMESPACES", 2)
+    engine = make()
+    with joined(engine, controller) as agent:
+        for number in range(6):
+            note = wire.NamespaceNote(b"%08d" % number, engine.namespace.tag)
+            agent.saw_namespace(note)
+            controller.until(lambda: note.tag in controller.namespaces)  # noqa: B023
+        controller.restart()
+        controller.namespaces = {}
+        controller.until(lambda: sorted(controller.namespaces) == [b"00000004", b"00000005"])
 
 
 def test_two_controllers_are_told_alike_and_one_may_be_away(make: Make) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import islice
 
 from lmcache_core.agent import wire
 from lmcache_core.agent.changes import Changes
@@ -112,6 +113,7 @@ class Agent:
         self._questions: deque[tuple[Link, wire.Question]] = deque(maxlen=MAX_QUESTIONS)
         self._progress: tuple[wire.Progress, ...] = ()
         self._namespaces: OrderedDict[bytes, wire.NamespaceNote] = OrderedDict()
+        self._forgotten_namespaces = 0
         self._top: OrderedDict[bytes, list[int]] = OrderedDict()
         self._limits: tuple[wire.Limit, ...] = ()
         self._tiers: tuple[wire.TierStatus, ...] = ()
@@ -176,6 +178,7 @@ class Agent:
             self._namespaces[note.tag] = note
             if len(self._namespaces) > MAX_NAMESPACES:
                 self._namespaces.popitem(last=False)
+                self._forgotten_namespaces += 1
 
     def saved(self, first_key: bytes, tokens: int, chunks: int) -> None:
         """``tokens`` were loaded for a request whose first chunk is ``first_key``."""
@@ -214,11 +217,13 @@ class Agent:
         if reply.orders or reply.questions or reply.cancel or reply.limits is not None:
             self._wanted.set()
 
-    def namespaces(self, start: int) -> tuple[wire.NamespaceNote, ...]:
-        """Those from number ``start`` on, as many as one sync may have."""
+    def namespaces(self, start: int) -> tuple[int, tuple[wire.NamespaceNote, ...]]:
+        """Those from number ``start`` on, as many as one sync may have, and where to go on.  They
+        are numbered as they were seen; the oldest may be forgotten."""
         with self._lock:
-            notes = list(self._namespaces.values())
-        return tuple(notes[start : start + wire.MAX_NAMESPACES])
+            skip = max(0, start - self._forgotten_namespaces)
+            notes = tuple(islice(self._namespaces.values(), skip, skip + wire.MAX_NAMESPACES))
+            return self._forgotten_namespaces + skip + len(notes), notes
 
     def status(self) -> wire.Status:
         """Now; of tiers as of a `tick` within the last moment."""

@@ -49,7 +49,7 @@ class Link:
         if agent.changes is not None:
             self._cursor = agent.changes.cursor()
         self._next = 1
-        self._told_namespaces = 0
+        self._next_namespace = 0
         self._fresh = True
         self._resetting = False
         self._controller = ""
@@ -102,14 +102,11 @@ class Link:
     def _sync(self) -> wire.Reply | None:
         """One round; None while all is to be said and the owner has not said it."""
         agent = self._agent
-        if self._fresh and self._cursor is not None:
-            assert agent.changes is not None
-            agent.changes.again(self._cursor)
+        if self._fresh:
             self._fresh, self._resetting = False, True
-            self._next, self._told_namespaces = 1, 0
-        elif self._fresh:
-            self._fresh, self._resetting = False, True
-            self._told_namespaces = 0
+            self._next, self._next_namespace = 1, 0
+            if self._cursor is not None and agent.changes is not None:
+                agent.changes.again(self._cursor)
         if self.wants_all:
             agent.wake()
             self._stopping.wait(0.005)
@@ -119,7 +116,7 @@ class Link:
             self._fresh = True
             return None
         more = self._cursor is not None and bool(self._cursor.pieces)
-        notes = agent.namespaces(self._told_namespaces)
+        next_namespace, notes = agent.namespaces(self._next_namespace)
         answers = tuple(self._answers.popleft() for _ in range(len(self._answers)))
         idle = not (changes or more or answers or agent.active or self._resetting)
         sync = wire.Sync(
@@ -142,7 +139,7 @@ class Link:
         reply = self._post(sync)
         self._resetting = False
         self._next += len(changes)
-        self._told_namespaces += len(notes)
+        self._next_namespace = next_namespace
         if not idle and not (more or answers or agent.active):
             # Changes are collected for a while.
             self._stopping.wait(min(self._sync_s, 0.1))

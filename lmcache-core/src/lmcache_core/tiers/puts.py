@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -96,11 +96,12 @@ class Puts:
         self._encoding = encoding
         self._staging = Staging(host, tier.config.max_staging_bytes)
         self._waiting: deque[_Put] = deque()
+        self._waiting_keys: Counter[bytes] = Counter()
         self._max_batch = max(1, min(tier.connector.capabilities.max_batch, MAX_BATCH))
 
     def __contains__(self, key: bytes) -> bool:
         """Whether a put of ``key`` waits to be started."""
-        return any(put.chunk.key == key for put in self._waiting)
+        return key in self._waiting_keys
 
     def add(self, chunk: HostChunk, done: Callable[[Status], None], way: Way | None = None) -> None:
         """Queue a put of ``chunk``, whose bytes stay as they are until ``done``."""
@@ -109,13 +110,14 @@ class Puts:
             done(Status.REJECTED)
             return
         self._waiting.append(_Put(chunk, stored_bytes(chunk.payload_bytes), done, way))
+        self._waiting_keys[chunk.key] += 1
 
     def take_back(self, meant: Callable[[bytes], bool]) -> int:
         """Do not start the waiting puts that are ``meant``: they are told MISS; their number."""
         taken = [put for put in self._waiting if meant(put.chunk.key)]
         self._waiting = deque(put for put in self._waiting if not meant(put.chunk.key))
         for put in taken:
-            put.done(Status.MISS)
+            self._left(put).done(Status.MISS)
         return len(taken)
 
     def drop_first(self) -> None:
@@ -135,8 +137,7 @@ class Puts:
                 continue
             if put.way is not None and not self._is_there(put.chunk):
                 # Deleted while its other form waited: it is not to come back.
-                self._waiting.popleft()
-                put.done(Status.MISS)
+                self._left(self._waiting.popleft()).done(Status.MISS)
                 continue
             if self._quota.is_leaving(put.chunk.key):
                 self._waiting.popleft()
@@ -160,7 +161,7 @@ class Puts:
                 if slot is None:
                     self._give_up(Status.REJECTED, "dropped_staging")
                     continue
-            self._waiting.popleft()
+            self._left(self._waiting.popleft())
             self._quota.put_started(put.chunk.key, put.nbytes)
             batch.append(_Staged(put, slot, put.nbytes))
             if sum(s.nbytes for s in batch) >= PUT_BYTES or len(batch) == self._max_batch:
@@ -177,7 +178,14 @@ class Puts:
 
     def _give_up(self, status: Status, event: str) -> None:
         self._tier.count(event)
-        self._waiting.popleft().done(status)
+        self._left(self._waiting.popleft()).done(status)
+
+    def _left(self, put: _Put) -> _Put:
+        """``put`` waits no longer."""
+        self._waiting_keys[put.chunk.key] -= 1
+        if not self._waiting_keys[put.chunk.key]:
+            del self._waiting_keys[put.chunk.key]
+        return put
 
     def _put(self, batch: list[_Staged]) -> None:
         keys = [staged.put.chunk.key for staged in batch]

@@ -8,9 +8,7 @@ the owner keeps (WRITING or pinned) until the job has settled.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 from lmcache_core.config import TierConfig
 from lmcache_core.logs import EventLog
@@ -18,7 +16,6 @@ from lmcache_core.metrics import Metrics
 from lmcache_core.policy.codec_choice import Way
 from lmcache_core.policy.shares import Taken
 from lmcache_core.sdk import (
-    GetResult,
     OnExisting,
     OpContext,
     RemoteConnector,
@@ -30,11 +27,12 @@ from lmcache_core.sdk import (
 )
 from lmcache_core.tiers.calls import Calls
 from lmcache_core.tiers.encoding import Encoding
+from lmcache_core.tiers.gets import Asked, Fetched, Gets
 from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.puts import MAX_BATCH, Puts
 from lmcache_core.tiers.quota import Quota
 from lmcache_core.tiers.removals import Ended, Removals
-from lmcache_core.transfer.executor import Lane, Runtime
+from lmcache_core.transfer.executor import Runtime
 
 
 class RemoteTier:
@@ -70,15 +68,13 @@ class RemoteTier:
         self._host = host
         self._runtime = runtime
         self._metrics = metrics
-        self._log = EventLog(runtime.now_s)
+        log = EventLog(runtime.now_s)
         self._calls = Calls(
-            name, connector, config=config, runtime=runtime, count=self.count, log=self._log
+            name, connector, config=config, runtime=runtime, count=self.count, log=log
         )
         self._encoding = encoding
         self.on_change: Callable[[bytes, bool], None] = lambda key, present: None
         self.on_lost: Callable[[HostChunk], None] = lambda slot: None
-        self._unreadable: set[bytes] = set()
-        self._absent: OrderedDict[bytes, float] = OrderedDict()
         self.on_evict: Callable[[Sequence[bytes], str], None] = lambda keys, policy: None
         self._quota = Quota(
             config.size_bytes, runtime.now_s, gone=lambda key: self.on_change(key, False)
@@ -91,6 +87,7 @@ class RemoteTier:
             max_batch=self._max_batch,
             after=self._after_deletes,
         )
+        self._gets = Gets(self, host, runtime, self._calls, self._quota, encoding, log)
         self._puts = Puts(self, host, runtime, self._calls, self._quota, encoding)
 
     def count(self, event: str, amount: int = 1) -> None:
@@ -160,64 +157,24 @@ class RemoteTier:
     def holds(self, key: bytes) -> bool:
         """Whether ``key`` is stored here to stay, or on its way here, as far as we know."""
         stays = key in self._quota and not self._quota.is_leaving(key)
-        return (stays and key not in self._unreadable) or key in self._puts
+        return (stays and self._gets.is_readable(key)) or key in self._puts
 
     def has(self, key: bytes) -> bool:
         """Whether ``key`` is stored here, confirmed and to stay, as far as we know."""
-        return self._quota.is_resident(key) and key not in self._unreadable
+        return self._quota.is_resident(key) and self._gets.is_readable(key)
 
     def is_putting(self, key: bytes) -> bool:
         """Whether a put of ``key`` is under way, or waits."""
         return self._quota.is_writing(key) or key in self._puts
 
-    def exists(self, keys: Sequence[bytes], done: Callable[[list[bool], str], None]) -> None:
-        """Ask for ``keys`` in batches; ``done`` gets one answer a key, in order, and why the
-        store could not be asked ("" when it could).
-
-        What it lacked a moment ago is not asked again.
-        """
-        if not self.available:
-            self.count("skipped_breaker", len(keys))
-            done([False] * len(keys), "breaker")
-            return
-        answers = [False] * len(keys)
-        asked = self._not_known_absent(keys)
-        stamps = [self._quota.stamp(keys[i]) for i in asked]
-        self.count("skipped_absent", len(keys) - len(asked))
-        waiting = len(range(0, len(asked), self._max_batch))
-        why = ""
-        if not waiting:
-            done(answers, why)
-            return
-
-        def settle(start: int, statuses: Sequence[Status]) -> None:
-            nonlocal waiting, why
-            for position, status in enumerate(statuses, start):
-                key = keys[asked[position]]
-                answers[asked[position]] = status is Status.OK
-                if status is Status.MISS:
-                    self._quota.vanished(key, stamps[position])
-                    self._note_absent(key)
-                elif status is not Status.OK:
-                    why = "deadline" if status is Status.TIMED_OUT else "failed"
-            waiting -= 1
-            if not waiting:
-                done(answers, why)
-
-        for start in range(0, len(asked), self._max_batch):
-            batch = [keys[i] for i in asked[start : start + self._max_batch]]
-            self._calls.start(
-                "exists",
-                Lane.LOAD,
-                len(batch),
-                partial(self.connector.exists, batch),
-                partial(settle, start),
-            )
+    def exists(self, keys: Sequence[bytes], done: Asked) -> None:
+        """Ask for ``keys`` in batches; what the store lacked a moment ago is not asked again."""
+        self._gets.exists(keys, done)
 
     def fetch(
         self,
         chunk: HostChunk,
-        done: Callable[[Status | None, str], None],
+        done: Fetched,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """Fill the WRITING ``chunk``; OK only when its envelope was verified and it is decoded.
@@ -227,71 +184,7 @@ class RemoteTier:
         lost; with None when nothing was tried, since ``wanted``, asked in the worker's thread,
         had turned False.
         """
-        slot = self._host.slot(chunk)
-        buffer = self._host.buffer(chunk, slot)
-        chunk.stamp = self._quota.stamp(chunk.key)
-        nbytes = 0
-        why = ""
-
-        def run(ctx: OpContext) -> list[Status]:
-            nonlocal nbytes
-            self._encoding.loads.begin(self._runtime.now_s())
-            try:
-                result: GetResult = self.connector.get_into([chunk.key], [buffer], ctx)[0]
-                nbytes = result.nbytes if result.status is Status.OK else 0
-            finally:
-                self._encoding.loads.end(self._runtime.now_s(), nbytes)
-            return [result.status]
-
-        def finish(statuses: list[Status], left_s: float) -> list[Status]:
-            nonlocal why
-            if statuses[0] is not Status.OK:
-                return statuses
-            opened = self._encoding.open(
-                slot, key=chunk.key, layout=chunk.layout, nbytes=nbytes, timeout_s=left_s
-            )
-            chunk.framed, chunk.codec = not opened.codec, opened.codec
-            why = opened.why
-            return [opened.status]
-
-        def answered(statuses: list[Status]) -> None:
-            self._fetched(chunk, statuses[0], nbytes, why)
-            done(statuses[0], why)
-
-        def cancelled() -> None:
-            self.count("cancelled")
-            done(None, "")
-
-        self._calls.start(
-            "get",
-            Lane.LOAD,
-            1,
-            run,
-            answered,
-            wanted=wanted,
-            cancelled=cancelled,
-            finish=finish,
-        )
-
-    def _fetched(self, chunk: HostChunk, status: Status, nbytes: int, why: str) -> None:
-        if status is Status.OK:
-            chunk.origin, chunk.read_bytes = self.name, nbytes
-            self.count("read_bytes", nbytes)
-            self._quota.touch(chunk.key)
-        elif status is Status.MISS and why:
-            # It is there, but not for us: to be stored anew by whoever computes it.
-            self._note_absent(chunk.key)
-            if len(self._unreadable) >= self.config.max_negative_keys:
-                self._unreadable.clear()
-            self._unreadable.add(chunk.key)
-        elif status is Status.MISS:
-            self._quota.forget([chunk.key])
-        elif status in (Status.CORRUPT, Status.SIZE_MISMATCH):
-            reason = why or status.value
-            self.count("corrupt")
-            self.count(f"corrupt.{reason}")
-            self._log.warn("chunk_corrupt", tier=self.name, why=reason, key=chunk.key.hex())
-            self.delete([chunk.key])
+        self._gets.fetch(chunk, done, wanted)
 
     def store(self, chunk: HostChunk, done: Callable[[Status], None]) -> None:
         """Queue a write of the pinned, SEALED ``chunk`` until `start_stores`; ``done`` when its
@@ -389,21 +282,9 @@ class RemoteTier:
         """Close executor and connector, each within its limit; False when a call still runs."""
         return self._calls.close(timeout_s)
 
-    def _not_known_absent(self, keys: Sequence[bytes]) -> list[int]:
-        """Indices of the ``keys`` that the store did not lack a moment ago."""
-        now_s = self._runtime.now_s()
-        return [i for i, key in enumerate(keys) if self._absent.get(key, 0.0) <= now_s]
-
-    def _note_absent(self, key: bytes) -> None:
-        self._absent[key] = self._runtime.now_s() + self.config.negative_ttl_s
-        self._absent.move_to_end(key)
-        if len(self._absent) > self.config.max_negative_keys:
-            self._absent.popitem(last=False)
-
     def stored(self, key: bytes) -> None:
         """A put of ``key`` has succeeded."""
-        self._absent.pop(key, None)
-        self._unreadable.discard(key)
+        self._gets.stored(key)
         self.on_change(key, True)
 
     def make_room(self, nbytes: int) -> None:
