@@ -35,7 +35,7 @@ class Pinned:
     Attributes:
         tier: its name; None is host.
         until_s: on the engine's clock.
-        held: keys that are kept.
+        held: keys that are kept, in order.
         missing: reason -> chunks that are not.
         done: everything is decided.
         nbytes: of host memory that it keeps.
@@ -44,7 +44,7 @@ class Pinned:
     name: str
     tier: RemoteTier | None
     until_s: float
-    held: list[bytes] = field(default_factory=list)
+    held: dict[bytes, None] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     done: bool = False
     nbytes: int = 0
@@ -105,11 +105,10 @@ class Pins:
             one.runs = list(runs)
             self._start_waiting()
             return one
-        held = set(one.tier.resident())
-        for key in itertools.chain.from_iterable(run.keys for run in runs):
+        one.held = dict.fromkeys(itertools.chain.from_iterable(run.keys for run in runs))
+        for key in one.held:
             one.tier.pin(key)
-            one.held.append(key)
-            if key not in held:
+            if not one.tier.has(key):
                 one.missing["absent"] = one.missing.get("absent", 0) + 1
         one.done = True
         return one
@@ -141,7 +140,7 @@ class Pins:
             if tiers and (one.tier.name if one.tier else "host") not in tiers:
                 continue
             for key in [key for key in one.held if meant(key)]:
-                one.held.remove(key)
+                del one.held[key]
                 if one.tier is not None:
                     one.tier.unpin(key)
                 elif key in one.chunks:
@@ -213,7 +212,7 @@ class Pins:
             return False
         self._engine.host.pin(chunk)
         one.chunks[chunk.key] = chunk
-        one.held.append(chunk.key)
+        one.held[chunk.key] = None
         one.nbytes += nbytes
         self._by_key[chunk.key] = self._by_key.get(chunk.key, 0) + 1
         if first:
@@ -242,5 +241,5 @@ class Pins:
             for key in keys:
                 chunk = one.chunks.get(key)
                 if chunk is not None and chunk.doomed:
-                    one.held.remove(key)
+                    del one.held[key]
                     self._let_go(one, chunk)

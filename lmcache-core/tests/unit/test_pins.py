@@ -53,7 +53,7 @@ def test_what_is_below_is_brought_to_host(make: Make) -> None:
     stored(engine, 1, 3)
     one = pins_of(engine).pin("a", runs(engine, 1, 3), tier="host", until_s=FOREVER)
     until(engine, lambda: one.done)
-    assert one.held == engine.keys(prompt(1, 3)) and not one.missing
+    assert list(one.held) == engine.keys(prompt(1, 3)) and not one.missing
     assert one.nbytes == 3 * SLOT_BYTES
 
 

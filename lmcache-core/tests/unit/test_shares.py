@@ -111,6 +111,25 @@ def test_what_each_namespace_takes_is_counted(make: Make) -> None:
     assert [one.tag for one in engine.host.shares(9)] == [other]
 
 
+def test_many_new_limits_look_through_what_is_there_once() -> None:
+    tags = [b"%08d" % number for number in range(50)]
+    rows = [(key(tag, number), None) for number in range(3) for tag in tags]
+    looked: list[int] = []
+
+    def resident() -> list[tuple[bytes, None]]:
+        looked.append(1)
+        return rows
+
+    shares = Shares()
+    shares.limit({tag: 10 for tag in tags}, resident)
+    assert len(looked) == 1
+    for tag in tags:
+        assert list(shares.victims(tag, lambda one: True)) == [key(tag, n) for n in range(3)]
+    shares.limit({tag: 20 for tag in tags[:9]}, resident)
+    assert len(looked) == 1, "no tag is new"
+    assert list(shares.victims(tags[0], lambda one: True)) == [key(tags[0], n) for n in range(3)]
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from([A, B]), st.integers(0, 5), st.integers(1, 100)), max_size=60
@@ -121,7 +140,7 @@ def test_victims_of_one_tenant_are_its_own_oldest_and_enough(
     steps: list[tuple[bytes, int, int]], limit: int
 ) -> None:
     shares = Shares()
-    shares.limit({A: limit}, lambda tag: [])
+    shares.limit({A: limit}, lambda: [])
     sizes: dict[bytes, int] = {}
     used: list[bytes] = []
     for tag, number, nbytes in steps:

@@ -70,20 +70,22 @@ class Shares:
     def limit(
         self,
         limits: Mapping[bytes, int],
-        resident: Callable[[bytes], Iterable[tuple[bytes, bytes | None]]],
+        resident: Callable[[], Iterable[tuple[bytes, bytes | None]]],
     ) -> None:
         """From now on these ``limits`` hold, in bytes by tag, and no others.
 
         Args:
-            resident: key and parent of every chunk of a tag that may be evicted, in order of use.
+            resident: key and parent of every chunk that may be evicted, in order of use; asked
+                once, and only when a tag is new.
         """
         self._limits = dict(limits)
-        self._order = {tag: order for tag, order in self._order.items() if tag in limits}
-        for tag in limits:
-            if tag not in self._order:
-                order = self._order[tag] = Lru()
-                for key, parent in resident(tag):
-                    order.add(key, parent)
+        new = {tag: Lru() for tag in limits if tag not in self._order}
+        kept = {tag: order for tag, order in self._order.items() if tag in limits}
+        self._order = kept | new
+        for key, parent in resident() if new else ():
+            order = new.get(key[:TAG_BYTES])
+            if order is not None:
+                order.add(key, parent)
         self._over = {tag for tag in limits if self.surplus(tag) > 0}
 
     def surplus(self, tag: bytes) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -263,9 +263,8 @@ class HostTier:
     def limit_shares(self, limits: Mapping[bytes, int]) -> None:
         """Hold each namespace to so many bytes, by tag, and no others, from the next `trim` on."""
 
-        def resident(tag: bytes) -> list[tuple[bytes, bytes | None]]:
-            keys = [key for key in self._lru.resident() if key.startswith(tag)]
-            return [(key, self._chunks[key].parent) for key in keys]
+        def resident() -> Iterator[tuple[bytes, bytes | None]]:
+            return ((key, self._chunks[key].parent) for key in self._lru.resident())
 
         self._shares.limit(limits, resident)
 

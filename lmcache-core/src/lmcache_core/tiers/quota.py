@@ -178,11 +178,7 @@ class Quota:
 
     def limit_shares(self, limits: Mapping[bytes, int]) -> None:
         """See `Shares.limit`."""
-
-        def resident(tag: bytes) -> list[tuple[bytes, None]]:
-            return [(key, None) for key in self._lru.resident() if key.startswith(tag)]
-
-        self.shares.limit(limits, resident)
+        self.shares.limit(limits, lambda: ((key, None) for key in self._lru.resident()))
 
     def _evictable(self, key: bytes) -> bool:
         # One that is being rewritten would be there again after its delete.
