@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import ssl
 import stat
@@ -18,10 +19,12 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+import typer.main
 from controller_redis import redis_server
 from pd_proxy_rig import LIMIT_S, until
 from typer.testing import CliRunner
 
+from lmcache_core import controller as controller_package
 from lmcache_core.agent import wire
 from lmcache_core.cli.app import app
 from lmcache_core.controller.state_sqlite import SqliteState
@@ -195,3 +198,15 @@ def test_a_password_of_redis_is_not_shown(home: Path) -> None:
         assert "refuses us" in result.stderr
         with started("--state", server.url) as (_, facts), client_of(facts) as client:
             assert client.get("/v1/health").json()["state"] == server.url
+
+
+def test_every_option_that_a_hint_names_is_there() -> None:
+    package = Path(controller_package.__file__).parent
+    named = {
+        option
+        for path in package.glob("*.py")
+        for option in re.findall(r"--[a-z][a-z-]+", path.read_text())
+    }
+    command = typer.main.get_command(app).commands["controller"]  # type: ignore[attr-defined]
+    known = {name for parameter in command.params for name in parameter.opts}
+    assert len(named) > 8 and not named - known

@@ -286,15 +286,42 @@ def test_what_is_no_sync_is_refused(body: bytes, status: int) -> None:
         assert msgspec.json.decode(answer.content, type=messages.Problem).error.code
 
 
-def test_an_instance_names_so_many_namespaces_and_no_more() -> None:
+def test_names_that_there_is_no_room_for_cost_the_instance_nothing() -> None:
+    """With a salt for each user there are more of them than anybody keeps."""
     with rig(max_namespaces_per_instance=2, max_namespaces=3) as made:
         notes = [
-            wire.NamespaceNote(namespace_of(SERVED, tenant_salt=f"{n}").tag, SERVED.tag)
+            wire.NamespaceNote(
+                namespace_of(SERVED, tenant_salt=f"{n}").tag, SERVED.tag, wire.tenant_id(f"{n}")
+            )
             for n in range(4)
         ]
-        greeted(made, "i0", notes=tuple(notes[:2]))
-        other = made.instance("i1")
-        problem = refused(other, 413, reset=True, namespaces=tuple(notes[:3]))
-        assert "--max-namespaces-per-instance" in problem.hint
-        problem = refused(other, 413, reset=True, namespaces=tuple(notes[2:]))
-        assert problem.code == "too_many_namespaces" and "--max-namespaces" in problem.hint
+        clear = {"select": {"tenant": "0"}}
+        greeted(made, "i0", notes=tuple(notes[:3]))
+        assert made.client.post("/v1/clear", json=clear).status_code == 202
+        assert not made.get("/v1/health")["problems"]
+        greeted(made, "i1", notes=tuple(notes[3:]), held={"host": set(KEYS), "disk": set()})
+        assert held(made, "i1") == len(KEYS), "what it holds is known"
+        assert "--max-namespaces" in "".join(made.get("/v1/health")["problems"])
+        answer = made.client.post("/v1/clear", json=clear)
+        problem = msgspec.json.decode(answer.content, type=messages.Problem).error
+        assert answer.status_code == 409 and problem.code == "names_incomplete"
+        assert "--max-namespaces" in problem.hint
+        assert made.client.post("/v1/clear", json={"select": {"all": True}}).status_code == 202
+        text = made.client.get("/metrics").text
+        assert 'lmcache_core:controller_names_dropped_total{kind="namespace"} 1' in text
+
+
+def test_of_an_instance_the_latest_namespaces_get_quotas() -> None:
+    with rig(max_namespaces_per_instance=2) as made:
+        notes = [
+            wire.NamespaceNote(
+                namespace_of(SERVED, tenant_salt=f"{n}").tag, SERVED.tag, wire.tenant_id(f"{n}")
+            )
+            for n in range(3)
+        ]
+        instance = greeted(made, "i0", notes=tuple(notes))
+        for n in range(3):
+            quota = {"tenant": f"{n}", "tier": "host", "bytes": 1 << 20}
+            assert made.client.put("/v1/quotas", json=quota).is_success
+        limits = instance.sync().limits
+        assert limits is not None and {limit.tag for limit in limits} == {n.tag for n in notes[1:]}

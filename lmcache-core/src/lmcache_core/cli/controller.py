@@ -90,6 +90,10 @@ def controller(
     max_instances: Annotated[int, typer.Option(help="Further ones are refused.")] = 1024,
     max_chunks: Annotated[int, typer.Option(help="Of all instances; 200 bytes each.")] = 2_000_000,
     max_chunks_per_instance: Annotated[int, typer.Option(help="Of one instance.")] = 1_000_000,
+    max_namespaces: Annotated[
+        int, typer.Option(help="Of tenants and adapters, whose names are kept; 500 bytes each.")
+    ] = 100_000,
+    max_models: Annotated[int, typer.Option(help="Ever served, whose names are kept.")] = 1000,
     max_body_bytes: Annotated[str, typer.Option(help="Of a request, like 16MiB.")] = "16MiB",
     max_in_flight: Annotated[int, typer.Option(help="Requests; further ones get 503.")] = 256,
     drain_timeout_s: Annotated[
@@ -131,6 +135,8 @@ def controller(
             max_instances=max_instances,
             max_chunks=max_chunks,
             max_chunks_per_instance=max_chunks_per_instance,
+            max_namespaces=max_namespaces,
+            max_models=max_models,
             max_body_bytes=parse_size(max_body_bytes),
             max_in_flight=max_in_flight,
         )

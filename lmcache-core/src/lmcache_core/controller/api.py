@@ -45,7 +45,7 @@ class Api:
 
     async def health(self, call: Call) -> Answer:
         known = self._controller
-        problems = views.problems(known.registry, known.documents.down)
+        problems = views.problems(known.registry, known.documents.down, known.names.lack)
         others = {lease.name for lease in known.documents.all("controller").values()}
         return Answer(
             body=messages.HealthReply(

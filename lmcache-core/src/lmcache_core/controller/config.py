@@ -26,7 +26,8 @@ class ControllerConfig:
         max_live_jobs: further ones get 429.
         max_pinned_bytes_per_owner: 0 is no limit.
         max_chunks: that differ, of all instances.
-        max_namespaces_per_instance: that one process may name.
+        max_namespaces, max_models: whose names are kept; further ones are counted.
+        max_namespaces_per_instance: of one process, the latest, that quotas are told for.
         max_body_bytes: of one request; ``max_held_body_bytes`` of all at a time.
         max_in_flight: requests of operators at a time; further ones get 503.
         question_timeout_s: for an instance to tokenize or explain.

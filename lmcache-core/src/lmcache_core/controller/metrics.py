@@ -21,6 +21,7 @@ _FAMILIES: tuple[tuple[str, str, str], ...] = (
     ("syncs_total", "counter", "What instances said"),
     ("resyncs_total", "counter", "How often an instance was asked to say all again"),
     ("refused_syncs_total", "counter", "What instances said and could not be"),
+    ("names_dropped_total", "counter", "Models and namespaces named that there was no room for"),
     ("jobs", "gauge", "Jobs that are kept, by state"),
     ("pins", "gauge", "Pins that hold"),
     ("requests_total", "counter", "Requests by operation and status"),
@@ -61,6 +62,7 @@ def metrics_text(controller: Controller, latency: Latency) -> bytes:
         "syncs_total": {"": controller.counts["syncs"]},
         "resyncs_total": {"": controller.counts["resyncs"]},
         "refused_syncs_total": {"": controller.counts["refused"]},
+        "names_dropped_total": _by("kind", {"model": 0, "namespace": 0} | controller.names.dropped),
         "jobs": _by("state", jobs),
         "pins": {"": len(controller.pins.all())},
         "requests_total": {

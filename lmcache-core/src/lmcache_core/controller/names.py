@@ -4,6 +4,7 @@ everything."""
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 import msgspec
@@ -17,24 +18,25 @@ from lmcache_core.sdk import ConfigError, ContractViolation
 
 
 class Names:
-    """What namespaces belong to.  Kept in memory when the store is away, and written later."""
+    """What namespaces belong to.  Kept in memory when the store is away, and written later.
+
+    Attributes:
+        dropped: kind -> how often one was named that there was no room for.
+    """
 
     def __init__(self, config: ControllerConfig, documents: Documents) -> None:
         self._config = config
         self._documents = documents
         self._unwritten: dict[str, dict[str, object]] = {"model": {}, "namespace": {}}
         self._by_tag: dict[bytes, list[wire.Model]] | None = None
+        self.dropped: Counter[str] = Counter()
         documents.listen(self._heard)
         documents.on_emptied(self._again)
 
     async def learn(
         self, models: Iterable[wire.Model], notes: Iterable[wire.NamespaceNote]
     ) -> None:
-        """Remember what an instance named.
-
-        Raises:
-            Refusal: there are too many.
-        """
+        """Remember what an instance named, as far as there is room."""
         for model in models:
             self._note("model", _model_id(model), model, self._config.max_models)
         for note in notes:
@@ -54,6 +56,12 @@ class Names:
             for id, value in batch.items():
                 if waiting.get(id) is value:
                     del waiting[id]
+
+    @property
+    def lack(self) -> str:
+        """Which names are not all known here; "" when none was dropped."""
+        most = {"model": self._config.max_models, "namespace": self._config.max_namespaces}
+        return " and ".join(f"more than {most[kind]} {kind}s" for kind in sorted(self.dropped))
 
     def models(self) -> list[wire.Model]:
         """Every model that was ever served, by name."""
@@ -103,12 +111,9 @@ class Names:
         waiting = self._unwritten[kind]
         known = self._documents.find(kind, id) is not None or id in waiting
         if not known and self._documents.number(kind) + len(waiting) >= most:
-            raise Refusal(
-                413,
-                f"too_many_{kind}s",
-                f"there are {most} {kind}s already",
-                hint=f"raise --max-{kind}s",
-            )
+            # Not refused: what the instance holds is known all the same.
+            self.dropped[kind] += 1
+            return
         waiting[id] = value
         self._heard(kind, id)
 

@@ -34,6 +34,7 @@ class Record:
         wake: set when it is owed something.
         lock: one sync at a time.
         turn: counts syncs; one that waits ends when the next one comes.
+        tags: of namespaces that it has used, the latest last.
         told: order or question -> when it was told of it (monotonic).
     """
 
@@ -50,7 +51,7 @@ class Record:
     refused: str = ""
     status: wire.Status | None = None
     models: dict[bytes, wire.Model] = field(default_factory=dict)
-    tags: set[bytes] = field(default_factory=set)
+    tags: dict[bytes, None] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -138,19 +139,15 @@ class Registry:
         """
         _check(record, sync)
         if sync.reset:
-            record.models, record.tags = {}, set()
+            record.models, record.tags = {}, {}
         record.models.update((model.tag, model) for model in sync.models)
         if len(record.models) > _MAX_MODELS:
             raise Refusal(413, "too_many_models", f"more than {_MAX_MODELS} models of an instance")
-        if len(record.tags) + len(sync.namespaces) > self._config.max_namespaces_per_instance:
-            raise Refusal(
-                413,
-                "too_many_namespaces",
-                f"instance {record.name!r} has more than "
-                f"{self._config.max_namespaces_per_instance} namespaces",
-                hint="raise --max-namespaces-per-instance",
-            )
-        record.tags.update(note.tag for note in sync.namespaces)
+        for note in sync.namespaces:
+            record.tags.pop(note.tag, None)
+            record.tags[note.tag] = None
+        while len(record.tags) > self._config.max_namespaces_per_instance:
+            del record.tags[next(iter(record.tags))]
         if sync.status is not None:
             self._status(record, sync.status)
         return not await self._changes(record, sync)

@@ -126,6 +126,13 @@ def _of_keys(hexed: Sequence[str], names: Names) -> Chosen:
 
 
 def _scope(selection: Selection, names: Names) -> set[bytes]:
+    if names.lack:
+        raise Refusal(
+            409,
+            "names_incomplete",
+            f"instances named {names.lack}: not all that this selects is known",
+            hint="raise --max-namespaces or --max-models, or select by tokens, text, keys or all",
+        )
     bases = None
     if selection.model:
         bases = {model.tag for model in _named(selection.model, names.models())}

@@ -58,9 +58,11 @@ def instance(record: Record, registry: Registry, now_s: float) -> messages.Insta
     )
 
 
-def problems(registry: Registry, store_down: str) -> list[str]:
+def problems(registry: Registry, store_down: str, names_lack: str) -> list[str]:
     """What an operator should look at."""
     found = [f"the state can't be reached: {store_down}"] if store_down else []
+    if names_lack:
+        found.append(f"instances named {names_lack}: raise --max-namespaces or --max-models")
     for name, record in sorted(registry.records.items()):
         if not registry.is_live(record):
             found.append(f"instance {name} is lost")
