@@ -24,6 +24,7 @@ from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.remote import RemoteTier
 from lmcache_core.tiers.stack import TierStack
 from lmcache_core.transfer.executor import Runtime
+from lmcache_core.writeback import WriteBack
 
 MAX_EARLY = 1024
 """Buffers that were released before their call's answer came; more would stay out of use."""
@@ -90,6 +91,11 @@ class ChunkEngine:
         self._released_early: deque[int] = deque(maxlen=MAX_EARLY)
         self._demoting = 0
         self._demoting_bytes = 0
+        self._write_back: WriteBack | None = None
+        if self.tiers.on_evict:
+            ahead_bytes = config.write_ahead_bytes or self.host.capacity_bytes // 8
+            self._write_back = WriteBack(self, self.tiers.on_evict, ahead_bytes=ahead_bytes)
+            self.metrics.gauge("host.unwritten_chunks", partial(len, self._write_back))
         self.unstored = 0
         self.parts: list[Part] = []
         self.owner = threading.RLock()
@@ -109,18 +115,20 @@ class ChunkEngine:
     def settling(self) -> bool:
         """Whether lower tiers, or other parts, still have answers to give within their
         deadlines."""
-        waiting = self._demoting > 0 and self.tiers.settling
+        waiting = self.unsettled > 0 and self.tiers.settling
         return waiting or any(part.busy for part in self.parts)
 
     @property
     def unsettled(self) -> int:
-        """Writes to lower tiers that have not ended."""
-        return self._demoting
+        """Writes to lower tiers that have not ended; after `write_all`, or that are to be."""
+        return self._demoting + (self._write_back.left if self._write_back is not None else 0)
 
     @property
     def unsettled_bytes(self) -> int:
-        """Payload bytes of these writes."""
-        return self._demoting_bytes
+        """Bytes of these writes."""
+        return self._demoting_bytes + (
+            self._write_back.left_bytes if self._write_back is not None else 0
+        )
 
     def poll(self) -> int:
         """Bring in finished work and look at deadlines; returns how much came in."""
@@ -128,6 +136,8 @@ class ChunkEngine:
         if self.host.over_share:
             self.host.trim()
         self.tiers.tick()
+        if self._write_back is not None:
+            self._write_back.tick()
         for part in self.parts:
             part.tick()
         return count
@@ -173,7 +183,8 @@ class ChunkEngine:
         return chunk
 
     def commit(self, chunks: Iterable[HostChunk]) -> None:
-        """The payloads are written: serve them, and write them through to every tier.
+        """The payloads are written: serve them, and write them to every tier that takes them at
+        once.
 
         A chunk that was dropped since it was reserved is freed instead.
         """
@@ -183,10 +194,27 @@ class ChunkEngine:
             self.host.seal(chunk)
             if not doomed:
                 stored += 1
-                self._demote(chunk)
-        for tier in self.tiers.writable:
+                for tier in self.tiers.through:
+                    if not tier.holds(chunk.key):
+                        self.demote(chunk, tier)
+        for tier in self.tiers.through:
             tier.start_stores()
         self.metrics.counter("host.stored").inc(stored)
+
+    def demote(
+        self, chunk: HostChunk, tier: RemoteTier, ended: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write the SEALED ``chunk`` to ``tier``, from its next `RemoteTier.start_stores` on;
+        ``ended`` when that is over, however it went."""
+
+        def demoted(status: Status) -> None:
+            self._demoted(chunk, status)
+            ended()
+
+        self.host.pin(chunk)
+        self._demoting += 1
+        self._demoting_bytes += chunk.payload_bytes
+        tier.store(chunk, demoted)
 
     def abort(self, chunks: Iterable[HostChunk]) -> None:
         """The payloads will not be written."""
@@ -254,11 +282,22 @@ class ChunkEngine:
 
     def flush(self, timeout_s: float) -> bool:
         """Block until lower tiers have settled what was stored, or ``timeout_s``."""
-        self._wait(lambda: not self._demoting, timeout_s)
-        return not self._demoting
+        self._wait(lambda: not self.unsettled, timeout_s)
+        return not self.unsettled
+
+    def bar_writes(self, meant: Callable[[bytes], bool]) -> Callable[[], None]:
+        """Write nothing that is ``meant`` because host may evict it, until what is returned is
+        called: it is being deleted."""
+        return (lambda: None) if self._write_back is None else self._write_back.bar(meant)
+
+    def write_all(self) -> None:
+        """Also write, from now on, what would be written on eviction only: the end is near."""
+        if self._write_back is not None:
+            self._write_back.write_all()
+            self.poll()
 
     def close(self) -> bool:
-        """Flush for at most ``close_timeout_s``, then close tiers and memory.
+        """Write what waits for at most ``close_timeout_s``, then close tiers and memory.
 
         Returns False when a call of a backend still runs: its threads are daemons and the
         arena stays mapped for them.  Idempotent.
@@ -267,9 +306,10 @@ class ChunkEngine:
             return True
         ended = [part.close() for part in self.parts]
         self.parts.clear()
+        self.write_all()
         flushed = self.flush(self.config.close_timeout_s)
         if not flushed:
-            self.metrics.counter("close.unflushed").inc(self._demoting)
+            self.metrics.counter("close.unflushed").inc(self.unsettled)
         self._closed = True
         clean = self.tiers.close(1.0) and all(ended)
         self.poll()
@@ -306,20 +346,13 @@ class ChunkEngine:
 
     def _evicted(self, key: bytes, policy: str) -> None:
         self.metrics.counter("host.evicted").inc()
+        if self._write_back is not None and key in self._write_back:
+            self.metrics.counter("host.evicted_unwritten").inc()
         self.note_gone("host", [key], policy)
 
     def _lose(self, chunk: HostChunk, tier: RemoteTier) -> None:
         self.lose(chunk)
         tier.count("lost_bytes", chunk.payload_bytes)
-
-    def _demote(self, chunk: HostChunk) -> None:
-        for tier in self.tiers.writable:
-            if tier.holds(chunk.key):
-                continue
-            self.host.pin(chunk)
-            self._demoting += 1
-            self._demoting_bytes += chunk.payload_bytes
-            tier.store(chunk, lambda status: self._demoted(chunk, status))
 
     def _demoted(self, chunk: HostChunk, status: Status) -> None:
         self._demoting -= 1

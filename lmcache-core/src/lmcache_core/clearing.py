@@ -65,8 +65,10 @@ class Clearing:
             self._known += len(keys)
             self._drop([key for key in keys if engine.host.get(key) is None])
             self._in_host.extend(key for key in keys if engine.host.get(key) is not None)
+        self._unbar = engine.bar_writes(self.means)
         for each in self._below:
             each.start()
+        self._check_end()
 
     @property
     def total(self) -> int:
@@ -98,6 +100,7 @@ class Clearing:
             self._drop(several)
         for each in self._below:
             each.step()
+        self._check_end()
 
     def means(self, key: bytes) -> bool:
         """Whether ``key`` is to go."""
@@ -156,6 +159,11 @@ class Clearing:
         self.deleted += len(keys)
         self._engine.host.drop(keys)
         self._engine.note_gone("host", keys, "cleared")
+
+    def _check_end(self) -> None:
+        if self.done:
+            self._unbar()
+            self._unbar = lambda: None
 
     def _fail(self, reason: str, count: int) -> None:
         if count:

@@ -24,7 +24,8 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         url: of the backend, such as ``file:///nvme/kv``.
         size_bytes: most bytes that we keep there; 0 leaves it to the store.
         name: in metrics and hit reports; "" takes "disk" for file, else the scheme.
-        write: ``through`` stores every chunk, ``never`` only reads.
+        write: ``through`` stores every chunk at once, ``on_evict`` before the host tier evicts it,
+            ``never`` only reads.
         threads: calls at the same time, at most the backend's ``max_concurrency``.
         max_queued: calls that wait for a thread; more are dropped and counted.
         deadline_s: for one operation.
@@ -49,7 +50,7 @@ class TierConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     url: str
     size_bytes: int = 0
     name: str = ""
-    write: Literal["through", "never"] = "through"
+    write: Literal["through", "on_evict", "never"] = "through"
     threads: int = 4
     max_queued: int = 256
     deadline_s: float = 2.0
@@ -90,6 +91,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             they serve the same prompt again, not a longer one.
         store_decode: also store chunks that decoding fills.
         lookup_deadline_s: how long a request may wait for tiers below host.
+        write_ahead_bytes: host memory that is kept free, or written to tiers with ``write:
+            on_evict``; 0 takes an eighth of the host tier.
         max_prefetch_bytes: host memory that prefixes of requests which still wait for their
             turn may hold; 0 takes a quarter of the host tier.
         max_pending_store_bytes: host memory that stores not yet confirmed may hold.
@@ -145,6 +148,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     store_partial_chunk: bool = False
     store_decode: bool = True
     lookup_deadline_s: float = 2.0
+    write_ahead_bytes: int = 0
     max_prefetch_bytes: int = 0
     max_pending_store_bytes: int = 1 << 30
     max_buffered_events: int = 65_536

@@ -205,6 +205,17 @@ def test_sigterm_flushes_to_disk_and_the_next_server_serves_it(tmp_path: Path) -
         assert one.load(keys_of("a", 30)) == 30
 
 
+def test_sigterm_writes_what_waited_for_its_eviction(tmp_path: Path) -> None:
+    host, below = disk(tmp_path)["tiers"]
+    tiers = [host, {**below, "write": "on_evict"}]
+    with serving(tmp_path, tiers=tiers) as server, client(server.socket) as one:
+        assert one.store(keys_of("a", 30)) == 30
+        assert server.counter("disk.stored") == 0, "there is room in host"
+        assert server.stop() == 0
+    with serving(tmp_path, tiers=tiers) as server, client(server.socket) as one:
+        assert one.load(keys_of("a", 30)) == 30
+
+
 def test_a_server_that_could_not_flush_says_so(tmp_path: Path) -> None:
     with serving(tmp_path, **disk(tmp_path)) as server, client(server.socket) as one:
         slots = [s for s in one.reserve(keys_of("a", 5)) if not isinstance(s, Refusal)]

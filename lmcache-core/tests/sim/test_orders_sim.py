@@ -12,7 +12,7 @@ import os
 import time
 
 import pytest
-from test_simulation import CHUNK, LAYOUT, SLOT_BYTES, CheckedPages, Simulation
+from test_simulation import CHUNK, LAYOUT, SLOT_BYTES, CheckedPages, Simulation, Write, write_of
 from world import Crash, SimRemote
 
 from lmcache_core.agent import wire
@@ -92,12 +92,12 @@ class Ordered:
 class OrderedLife(Simulation):
     """`Simulation` with orders."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, write: Write = "through") -> None:
         self.numbers = itertools.count(1)
         self.ended: dict[str, int] = {}
         self.held: dict[str, bytes] = {}
         self.exact = self.copied = 0
-        super().__init__(seed)
+        super().__init__(seed, write=write)
 
     def shared_store(self) -> SimRemote:
         return Listed(self.rng, lambda: self.runtime.time_s)
@@ -209,7 +209,7 @@ def no_peer(address: str) -> RemoteTier:
 @pytest.mark.parametrize("life", [OrderedLife, CalmLife])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_life_under_orders_is_exact(seed: int, life: type[OrderedLife]) -> None:
-    life(seed).run(steps=250)
+    life(seed, write_of(seed)).run(steps=250)
 
 
 def test_the_lives_exercise_what_they_are_for() -> None:

@@ -120,6 +120,7 @@ def make() -> Iterator[Make]:
         tier: TierConfig = TIER,
         layout: ChunkLayout = LAYOUT,
         codecs: Codecs | None = None,
+        write_ahead_bytes: int = 0,
     ) -> CacheEngine:
         runtime, metrics = Runtime(), Metrics()
         config = EngineConfig(
@@ -127,6 +128,7 @@ def make() -> Iterator[Make]:
             chunk_size=CHUNK,
             lookup_deadline_s=0.3,
             close_timeout_s=0.3,
+            write_ahead_bytes=write_ahead_bytes,
         )
         engine = CacheEngine(
             config=config,

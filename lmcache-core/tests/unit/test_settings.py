@@ -64,6 +64,7 @@ VALUES = {
     "hash_algorithm": st.sampled_from(["sha256", "blake3"]),
     "store_decode": st.booleans(),
     "lookup_deadline_s": st.floats(0.001, 3600),
+    "write_ahead_bytes": st.integers(0, 1 << 40),
     "max_prefetch_bytes": st.integers(0, 1 << 40),
     "load": st.sampled_from(["auto", "sync", "async"]),
     "numa_node": st.integers(-1, 7),

@@ -215,6 +215,7 @@ def _drain(
         end_s = time.monotonic() + limit_s
         while server.slots and time.monotonic() < end_s and not hurried():
             server.turn(TICK_S)
+        engine.write_all()
         total = engine.unsettled_bytes
         task = progress.add_task("to lower tiers", total=total or None, visible=total > 0)
         end_s = time.monotonic() + limit_s

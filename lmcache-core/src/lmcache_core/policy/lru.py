@@ -43,6 +43,14 @@ class Lru:
         """Every resident key, longest unused first."""
         return sorted(self._nodes, key=lambda key: self._nodes[key].seq)
 
+    def last_use(self, key: bytes) -> int:
+        """A number that grows with every use of a resident ``key``, and from key to key.
+
+        Raises:
+            KeyError: it is not resident.
+        """
+        return self._nodes[key].seq
+
     def add(self, key: bytes, parent: bytes | None) -> None:
         """Make ``key`` resident and the most recent; a present key is touched.
 

@@ -89,7 +89,8 @@ class HostTier:
 
     Args:
         arena: the memory.
-        on_evict: told the key of every chunk that leaves by eviction, and by which policy.
+        on_evict: told the key of every chunk that is about to leave by eviction, and by which
+            policy.
 
     Attributes:
         on_change: told each key that can be served from now on, and each that no longer can.
@@ -248,6 +249,10 @@ class HostTier:
                 self._free(chunk)
         return dropped
 
+    def last_use(self, key: bytes) -> int:
+        """Of a SEALED chunk: see `Lru.last_use`."""
+        return self._lru.last_use(key)
+
     def keys(self) -> list[bytes]:
         """Every key with a slot."""
         return list(self._chunks)
@@ -321,9 +326,9 @@ class HostTier:
         with self._pinning:
             if chunk.pins:
                 return False  # lent since it was looked at
+            self._on_evict(key, policy)
             self._forget(chunk)
         self._free(chunk)
-        self._on_evict(key, policy)
         return True
 
     def _forget(self, chunk: HostChunk) -> None:

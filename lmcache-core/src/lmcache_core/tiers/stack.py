@@ -9,11 +9,20 @@ from lmcache_core.tiers.remote import RemoteTier
 
 
 class TierStack:
-    """Fastest first.  Owner thread only."""
+    """Fastest first.  Owner thread only.
+
+    Attributes:
+        readable: all of them.
+        writable: those that are written at all.
+        through: at once.
+        on_evict: before host evicts.
+    """
 
     def __init__(self, tiers: Sequence[RemoteTier]) -> None:
         self.readable = list(tiers)
-        self.writable = [tier for tier in tiers if tier.config.write == "through"]
+        self.writable = [tier for tier in tiers if tier.config.write != "never"]
+        self.through = [tier for tier in tiers if tier.config.write == "through"]
+        self.on_evict = [tier for tier in tiers if tier.config.write == "on_evict"]
 
     @property
     def settling(self) -> bool:
