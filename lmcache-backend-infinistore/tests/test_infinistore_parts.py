@@ -67,10 +67,10 @@ def test_leftovers_are_bounded_due_in_time_and_swept_by_one() -> None:
     assert left.due() == []
     now[0] = 5.0
     assert [item.key for item in left.due()] == [b"p%d" % i for i in range(4, 68)]
-    with pytest.raises(ConnectionError), left.to_sweep(1) as items:
+    with pytest.raises(ConnectionError), left.to_sweep(1) as (_, items):
         assert len(items) == wire.MAX_ITEMS
         raise ConnectionError
-    with left.to_sweep(1) as again:
+    with left.to_sweep(1) as (_, again):
         assert again == items, "a sweep that failed is done again"
         errors: list[Exception] = []
 
@@ -85,8 +85,39 @@ def test_leftovers_are_bounded_due_in_time_and_swept_by_one() -> None:
         thread.start()
         thread.join()
         assert len(errors) == 1
-    with left.to_sweep(1) as others:
+    with left.to_sweep(1) as (_, others):
         assert not {item.key for item in others} & {item.key for item in items}
+
+
+def test_a_payload_that_broke_off_is_overwritten_now_and_deleted_after_the_grace() -> None:
+    now, counts = [0.0], {"leftovers_forgotten": Count(), "leftovers_swept": Count()}
+    left = Leftovers(grace_s=5, clock=lambda: now[0], counter=counts.__getitem__)
+    left.cover("payload")
+    left.sweep("head")
+    with left.to_sweep(1) as (covers, sweeps):
+        assert [[item.key for item in items] for items in (covers, sweeps)] == [
+            [b"payload"], [b"head"],
+        ]  # fmt: skip
+        left.sweep("head")
+    now[0] = 4.9
+    with left.to_sweep(1) as (covers, sweeps):
+        assert not covers and not [item for item in sweeps if item.key == b"payload"]
+    now[0] = 5.0
+    with left.to_sweep(1) as (covers, sweeps):
+        assert not covers and [item.key for item in sweeps] == [b"payload"]
+    with left.to_sweep(1) as nothing:
+        assert nothing == ([], [])
+
+
+def test_what_breaks_off_while_it_is_swept_is_swept_again() -> None:
+    now, counts = [0.0], {"leftovers_swept": Count()}
+    left = Leftovers(grace_s=5, clock=lambda: now[0], counter=counts.__getitem__)
+    left.sweep("head")
+    with left.to_sweep(1):
+        now[0] = 1.0
+        left.sweep("head")
+    with left.to_sweep(1) as (_, sweeps):
+        assert [item.key for item in sweeps] == [b"head"]
 
 
 @pytest.fixture

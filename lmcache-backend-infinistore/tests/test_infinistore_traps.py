@@ -17,6 +17,7 @@ from infinistore_support import GRACE_S, MIB, Open, until
 
 from lmcache_backend_infinistore.conformance import RawClient
 from lmcache_backend_infinistore.layout import Head, head_name, payload_name
+from lmcache_backend_infinistore.reading import value_request
 from lmcache_backend_infinistore.server import InfinistoreServer
 from lmcache_conformance import FaultProxy, Memory, value, within
 from lmcache_conformance.throwaway import Stopwatch
@@ -222,6 +223,27 @@ def test_a_put_that_broke_off_is_swept_up(
         assert it.counts["leftovers_swept"] >= (share > 0.05)
         assert it.put(b"k", value(4, 100_000)) is Status.OK
         assert it.get(b"k", 100_000)[1] == value(4, 100_000)
+    assert "Stacktrace" not in server.log()
+
+
+def test_a_relay_hands_on_a_part_of_a_put_long_after_it_broke_off(
+    server: InfinistoreServer, opened: Open
+) -> None:
+    """A delete just then would be the server's end."""
+    it = opened(f"{server.url}?longest_deadline_s=1")
+    name = payload_name(b"late", b"v" * 12)
+    it.store._leftovers.cover(name)
+    assert it.put(b"k", value(1, 5000)) is Status.OK
+    assert it.counts["leftovers_swept"] == 1
+    with socket.create_connection(("127.0.0.1", server.port)) as late:
+        late.sendall(value_request(b"P", name, 100_000) + bytes(50_000))
+        time.sleep(0.2)
+    end_s = time.monotonic() + 10
+    while it.counts["leftovers_swept"] < 2:
+        assert it.get(b"k", 5000)[1] == value(1, 5000)
+        assert time.monotonic() < end_s, "it is never deleted"
+        time.sleep(0.05)
+    assert it.get(b"k", 5000)[1] == value(1, 5000)
     assert "Stacktrace" not in server.log()
 
 

@@ -290,14 +290,15 @@ class InfinistoreConnector(BaseConnector):
         if phase is Phase.HEAD:
             self._leftovers.sweep(head_name(item.key))
         if phase is not Phase.BEFORE and item.nbytes:
-            self._leftovers.sweep(payload_name(item.key, item.version))
+            self._leftovers.cover(payload_name(item.key, item.version))
 
     def _sweep(self, helper: Helper, deadline_s: float) -> None:
         """Clear away puts that broke off, before anything is read: see `layout`."""
         limit_s = deadline_s - self._clock()
-        with self._leftovers.to_sweep(limit_s) as items:
-            if items:
-                helper.ask(Op.SWEEP, items, deadline_s - self._clock())
+        with self._leftovers.to_sweep(limit_s) as (covers, sweeps):
+            for op, items in ((Op.COVER, covers), (Op.SWEEP, sweeps)):
+                if items:
+                    helper.ask(op, items, deadline_s - self._clock())
 
     def _start(self) -> Helper:
         """A new helper; runs off the request path, but at open."""

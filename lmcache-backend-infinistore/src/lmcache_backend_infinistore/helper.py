@@ -100,6 +100,7 @@ class Server:
             Op.PUT: self._put,
             Op.DELETE: self._delete,
             Op.SWEEP: self._sweep,
+            Op.COVER: self._cover,
         }[op]
         for index, item in enumerate(items):
             wire.note(self._board, index, one(index, item))
@@ -160,10 +161,13 @@ class Server:
             self._link.delete([head_name(item.key)])
         return Entry(Code.OK, old=old or _NONE)
 
+    def _cover(self, index: int, item: Item) -> Entry:
+        self._link.write(item.key.decode(), GONE)
+        return Entry(Code.OK)
+
     def _sweep(self, index: int, item: Item) -> Entry:
-        name = item.key.decode()
-        self._link.write(name, GONE)
-        self._link.delete([name])
+        self._cover(index, item)
+        self._link.delete([item.key.decode()])
         return Entry(Code.OK)
 
     def _version(self, key: bytes) -> bytes | None:

@@ -2,7 +2,7 @@
 
 A request is one message: `Op`, then its items.  The helper does them in turn and notes each one's
 outcome on the board, a page of memory that both have mapped; then it sends one `Reply`.  What a
-killed helper has done can so be read off the board.  `Op.MAP`, `UNMAP`, `SWEEP` and `DROP` are
+killed helper has done can so be read off the board.  `Op.MAP`, `UNMAP` and `DROP` are
 not replied to: the next reply says that they are done, too.
 """
 
@@ -40,6 +40,8 @@ class Op(enum.IntEnum):
     """Names whose put may have broken off: overwrite, then delete."""
     DROP = 9
     """Payloads that no head names any more: delete."""
+    COVER = 10
+    """Names whose put may have broken off: overwrite."""
 
 
 class Reply(enum.IntEnum):
@@ -78,7 +80,7 @@ class Item:
     """One key of a request, or a bare name of `Op.SWEEP` and `Op.DROP`.
 
     Attributes:
-        key: the key; the name for those two.
+        key: the key; the name for the last three.
         map_id, offset, nbytes: the buffer.
         version: of a put.
     """
