@@ -20,7 +20,7 @@ SESSIONS = (
     "controller_e2e",
 )
 # fmt: on
-OPTIONS = {"mutants": ("--", "--wrong-only")}
+OPTIONS = {"mutants": ("--", "--wrong-only"), "codec_report": ("--", "--windows", "8")}
 LOGS = ROOT / "build" / "logs"
 TAIL_LINES = 60
 
@@ -79,6 +79,7 @@ def main() -> int:
     for session, state, seconds in rows:
         print(f"{session:10} {state:12} {seconds:6.0f} s")
     print("Conformance ran the quick plan; nox -s conformance -- --full runs the long one.")
+    print("The codec report read 8 windows of its text; nox -s codec_report reads 24.")
     print("Not run here: mechanical mutants, which take 10 minutes more; nox -s mutants runs them.")
     print("Not run here: RDMA, GPUDirect Storage, an S3 service that is not moto (no hardware).")
     print("Not run here: CUDA copies and cudaHostRegister on hardware (no accelerator).")
