@@ -78,8 +78,8 @@ class Calls:
         """
         store = self._store
         codes = self._again(len(keys), lambda: store.batch_get_session_start(keys), end_s)
-        left = [i for i, code in enumerate(codes) if code not in _NO_VALUE | {Code.OK}]
         found = [i for i, code in enumerate(codes) if code == Code.OK]
+        left = [i for i, code in enumerate(codes) if code != Code.OK and code not in _NO_VALUE]
         if not found:
             return codes, left
         names = [keys[i] for i in found]

@@ -47,8 +47,9 @@ def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
         (3, {"load": "auto", "enable_prefix_caching": True}),
         (4, {"load": "async", "slow_copies": True}),
         (5, {"load": "async", "store_partial_chunk": True}),
+        (6, {"load": "async", "write": "on_evict"}),
     ],
-    ids=["async", "sync", "prefix-caching", "slow-copies", "partial-chunks"],
+    ids=["async", "sync", "prefix-caching", "slow-copies", "partial-chunks", "on-evict"],
 )
 def test_random_traffic_under_pressure_equals_the_run_without_cache(
     tmp_path: Path,
@@ -63,6 +64,7 @@ def test_random_traffic_under_pressure_equals_the_run_without_cache(
     options = dict(options)
     if options.pop("slow_copies", False):
         slow_down(monkeypatch)
+    write = options.pop("write", "through")
     rng = random.Random(seed)
     common: dict[str, Any] = dict(
         block_size=32, max_model_len=1024, max_num_batched_tokens=256, max_num_seqs=4
@@ -76,9 +78,14 @@ def test_random_traffic_under_pressure_equals_the_run_without_cache(
     extra = {
         "chunk_size": 128,
         **settings,
+        "write_ahead_bytes": 3 * (CHUNK_BYTES + 8192),
         "tiers": [
             {"host": f"{6 * (CHUNK_BYTES + 8192)}"},
-            {"url": f"file://{tmp_path}/kv", "size": f"{10 * (CHUNK_BYTES + 8192)}"},
+            {
+                "url": f"file://{tmp_path}/kv",
+                "size": f"{10 * (CHUNK_BYTES + 8192)}",
+                "write": write,
+            },
         ],
     }
     engine: Engine = start(llama, extra, **common, **options, num_gpu_blocks_override=60)
