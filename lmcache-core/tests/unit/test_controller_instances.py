@@ -325,3 +325,32 @@ def test_of_an_instance_the_latest_namespaces_get_quotas() -> None:
             assert made.client.put("/v1/quotas", json=quota).is_success
         limits = instance.sync().limits
         assert limits is not None and {limit.tag for limit in limits} == {n.tag for n in notes[1:]}
+
+
+def test_limits_are_worked_out_when_something_changed_and_not_in_each_sync(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with rig() as made:
+        note = wire.NamespaceNote(
+            namespace_of(SERVED, tenant_salt="a").tag, SERVED.tag, wire.tenant_id("a")
+        )
+        instance = greeted(made, "i0", notes=(note,))
+        looked: list[bytes] = []
+        find = made.controller.names.note
+
+        def counted(tag: bytes) -> wire.NamespaceNote | None:
+            looked.append(tag)
+            return find(tag)
+
+        monkeypatch.setattr(made.controller.names, "note", counted)
+        for nbytes in (1 << 20, 2 << 20):
+            quota = {"tenant": "a", "tier": "host", "bytes": nbytes}
+            assert made.client.put("/v1/quotas", json=quota).is_success
+            looked.clear()
+            for _ in range(5):
+                instance.sync()
+            assert instance.limits == (wire.Limit(note.tag, "host", nbytes),)
+            assert looked == [note.tag]
+        assert made.client.delete(f"/v1/quotas/{wire.tenant_id('a')}.host").is_success
+        instance.sync()
+        assert instance.limits == ()

@@ -24,6 +24,8 @@ class Quotas:
         self._config = config
         self._documents = documents
         self._names = names
+        self._changes = 0
+        documents.listen(self._heard)
 
     def all(self) -> list[QuotaRecord]:
         """By tenant and tier."""
@@ -61,11 +63,16 @@ class Quotas:
 
     def limits(self, record: Record) -> tuple[str, tuple[wire.Limit, ...]]:
         """What holds for the namespaces that an instance named, and its version; "" is none."""
-        quotas = self.all()
-        if not quotas:
+        if not self._documents.number("quota"):
             return "", ()
+        # An instance has thousands of them, and syncs ten times a second.
+        if record.limits is None or record.limits[0] != self._changes:
+            record.limits = (self._changes, *self._worked_out(record))
+        return record.limits[1:]
+
+    def _worked_out(self, record: Record) -> tuple[str, tuple[wire.Limit, ...]]:
         by_tenant: dict[str, list[QuotaRecord]] = {}
-        for quota in quotas:
+        for quota in self.all():
             by_tenant.setdefault(quota.tenant_id, []).append(quota)
         limits = []
         for tag in sorted(record.tags):
@@ -75,6 +82,9 @@ class Quotas:
         if not limits:
             return "", ()
         return hashlib.sha256(msgspec.msgpack.encode(limits)).hexdigest()[:16], tuple(limits)
+
+    def _heard(self, kind: str, id: str) -> None:
+        self._changes += kind in ("quota", "namespace")
 
 
 def shown(quota: QuotaRecord) -> messages.Quota:

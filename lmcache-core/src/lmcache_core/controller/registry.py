@@ -36,6 +36,7 @@ class Record:
         turn: counts syncs; one that waits ends when the next one comes.
         tags: of namespaces that it has used, the latest last.
         told: order or question -> when it was told of it (monotonic).
+        limits: that hold for its ``tags``, as `Quotas` worked them out; None when these changed.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Record:
     turn: int = 0
     told: dict[str, float] = field(default_factory=dict)
     leased_s: float = float("-inf")
+    limits: tuple[int, str, tuple[wire.Limit, ...]] | None = None
 
     @property
     def tiers(self) -> tuple[wire.TierStatus, ...]:
@@ -143,6 +145,8 @@ class Registry:
         record.models.update((model.tag, model) for model in sync.models)
         if len(record.models) > _MAX_MODELS:
             raise Refusal(413, "too_many_models", f"more than {_MAX_MODELS} models of an instance")
+        if sync.namespaces or sync.reset:
+            record.limits = None
         for note in sync.namespaces:
             record.tags.pop(note.tag, None)
             record.tags[note.tag] = None
