@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from lmcache_core.sdk.errors import ContractViolation
 
@@ -38,6 +38,10 @@ class Lru:
 
     def __len__(self) -> int:
         return len(self._nodes)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Every resident key, in no order."""
+        return iter(self._nodes)
 
     def resident(self) -> list[bytes]:
         """Every resident key, longest unused first."""

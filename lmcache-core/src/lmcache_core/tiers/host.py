@@ -258,8 +258,8 @@ class HostTier:
         return list(self._chunks)
 
     def resident(self) -> list[bytes]:
-        """Every key that can be served."""
-        return self._lru.resident()
+        """Every key that can be served, in no order."""
+        return list(self._lru)
 
     def shares(self, most: int) -> list[Taken]:
         """What the largest namespaces take, at most ``most`` of them."""
