@@ -99,7 +99,7 @@ class WriteBack:
                 self._unwritten[key] = self._host.last_use(key), self._unwritten[key][1]
         self._new.clear()
         started = False
-        for _ in range(LOOKS):
+        for _ in range(min(LOOKS, len(self._unwritten))):
             if not self._unwritten or self._moving >= AT_ONCE or not self._is_due():
                 break
             key, (seen, nbytes) = next(iter(self._unwritten.items()))

@@ -90,6 +90,28 @@ def test_a_dropped_chunk_is_never_written(make: Make) -> None:
     assert written(engine, disk) & set(keys) == set(keys[2:])
 
 
+def test_what_is_being_cleared_is_looked_at_once_a_turn_and_not_written(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Scripted()
+    engine = make(disk, tier=ON_EVICT, host_chunks=HOST_CHUNKS)
+    free = engine.bar_writes(lambda key: True)
+    keys = fill(engine, HOST_CHUNKS)
+    looks: list[bytes] = []
+    last_use = engine.host.last_use
+
+    def counted_use(key: bytes) -> int:
+        looks.append(key)
+        return last_use(key)
+
+    monkeypatch.setattr(engine.host, "last_use", counted_use)
+    engine.poll()
+    assert len(looks) == len(keys) and not written(engine, disk)
+    free()
+    engine.poll()
+    assert written(engine, disk) == set(keys[:AHEAD])
+
+
 def test_faster_than_the_tier_is_counted_and_costs_no_wait(make: Make) -> None:
     disk = Scripted()
     engine = make(
