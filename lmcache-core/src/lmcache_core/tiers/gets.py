@@ -5,68 +5,22 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
-from lmcache_core.config import TierConfig
-from lmcache_core.logs import EventLog
-from lmcache_core.sdk import GetResult, OpContext, RemoteConnector, Status
-from lmcache_core.tiers.calls import Calls
-from lmcache_core.tiers.encoding import Encoding
-from lmcache_core.tiers.host import HostChunk, HostTier
-from lmcache_core.tiers.quota import Quota
-from lmcache_core.transfer.executor import Lane, Runtime
+from lmcache_core.sdk import GetResult, OpContext, Status
+from lmcache_core.tiers.host import HostChunk
+from lmcache_core.tiers.work import Parts, TierWork
+from lmcache_core.transfer.executor import Lane
 
 Asked = Callable[[list[bool], str], None]
 """Told one answer a key, in order, and why the store could not be asked ("" when it could)."""
 Fetched = Callable[[Status | None, str], None]
 
 
-class Tier(Protocol):
-    """What reads need of the tier that they belong to."""
-
-    name: str
-    config: TierConfig
-    connector: RemoteConnector
-
-    @property
-    def available(self) -> bool:
-        """Whether the store may be used now."""
-        ...
-
-    @property
-    def max_batch(self) -> int:
-        """Most keys in one call."""
-        ...
-
-    def count(self, event: str, amount: int = 1) -> None:
-        """Count under the tier's name."""
-        ...
-
-    def delete(self, keys: Sequence[bytes]) -> None:
-        """Have ``keys`` deleted."""
-        ...
-
-
-class Gets:
+class Gets(TierWork):
     """Of one tier.  Owner thread only, except inside its own jobs."""
 
-    def __init__(
-        self,
-        tier: Tier,
-        host: HostTier,
-        runtime: Runtime,
-        calls: Calls,
-        quota: Quota,
-        encoding: Encoding,
-        log: EventLog,
-    ) -> None:
-        self._tier = tier
-        self._host = host
-        self._runtime = runtime
-        self._calls = calls
-        self._quota = quota
-        self._encoding = encoding
-        self._log = log
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         self._unreadable: set[bytes] = set()
         self._absent: OrderedDict[bytes, float] = OrderedDict()
 

@@ -5,53 +5,20 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from lmcache_core.config import TierConfig
 from lmcache_core.envelope import HEADER_BYTES, stored_bytes
 from lmcache_core.policy.codec_choice import AS_IS, Way
-from lmcache_core.sdk import Buffer, OpContext, RemoteConnector, Status
-from lmcache_core.tiers.calls import Calls
-from lmcache_core.tiers.encoding import Encoding
+from lmcache_core.sdk import Buffer, OpContext, Status
 from lmcache_core.tiers.framing import frame
-from lmcache_core.tiers.host import HostChunk, HostTier
-from lmcache_core.tiers.quota import Quota
+from lmcache_core.tiers.host import HostChunk
 from lmcache_core.tiers.staging import Staging
-from lmcache_core.transfer.executor import Lane, Runtime
+from lmcache_core.tiers.work import Parts, TierWork
+from lmcache_core.transfer.executor import Lane
 
 PUT_BYTES = 4 << 20
 """Chunks are put together until they have so many bytes."""
 MAX_BATCH = 128
-
-
-class Tier(Protocol):
-    """What puts need of the tier that they belong to."""
-
-    config: TierConfig
-    connector: RemoteConnector
-
-    @property
-    def available(self) -> bool:
-        """Whether the store may be used now."""
-        ...
-
-    on_lost: Callable[[HostChunk], None]
-
-    def count(self, event: str, amount: int = 1) -> None:
-        """Count under the tier's name."""
-        ...
-
-    def put_ended(self, keys: Sequence[bytes], doubtful: Sequence[bytes]) -> None:
-        """Puts of ``keys`` have ended; ``doubtful`` may be there or not."""
-        ...
-
-    def make_room(self, nbytes: int) -> None:
-        """Have older chunks deleted."""
-        ...
-
-    def stored(self, key: bytes) -> None:
-        """``key`` is there now."""
-        ...
 
 
 class _Put(NamedTuple):
@@ -76,28 +43,14 @@ class _Staged:
     encoded: bool = False
 
 
-class Puts:
+class Puts(TierWork):
     """Of one tier.  Owner thread only, except inside its own jobs."""
 
-    def __init__(
-        self,
-        tier: Tier,
-        host: HostTier,
-        runtime: Runtime,
-        calls: Calls,
-        quota: Quota,
-        encoding: Encoding,
-    ) -> None:
-        self._tier = tier
-        self._host = host
-        self._runtime = runtime
-        self._calls = calls
-        self._quota = quota
-        self._encoding = encoding
-        self._staging = Staging(host, tier.config.max_staging_bytes)
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._staging = Staging(self._host, self._tier.config.max_staging_bytes)
         self._waiting: deque[_Put] = deque()
         self._waiting_keys: Counter[bytes] = Counter()
-        self._max_batch = max(1, min(tier.connector.capabilities.max_batch, MAX_BATCH))
 
     def __contains__(self, key: bytes) -> bool:
         """Whether a put of ``key`` waits to be started."""
@@ -164,7 +117,7 @@ class Puts:
             self._left(self._waiting.popleft())
             self._quota.put_started(put.chunk.key, put.nbytes)
             batch.append(_Staged(put, slot, put.nbytes))
-            if sum(s.nbytes for s in batch) >= PUT_BYTES or len(batch) == self._max_batch:
+            if sum(s.nbytes for s in batch) >= PUT_BYTES or len(batch) == self._tier.max_batch:
                 self._put(batch)
                 batch = []
         self._waiting.extendleft(reversed(held))

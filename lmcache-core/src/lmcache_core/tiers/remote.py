@@ -32,6 +32,7 @@ from lmcache_core.tiers.host import HostChunk, HostTier
 from lmcache_core.tiers.puts import MAX_BATCH, Puts
 from lmcache_core.tiers.quota import Quota
 from lmcache_core.tiers.removals import Ended, Removals
+from lmcache_core.tiers.work import Parts
 from lmcache_core.transfer.executor import Runtime
 
 
@@ -87,8 +88,16 @@ class RemoteTier:
             max_batch=self._max_batch,
             after=self._after_deletes,
         )
-        self._gets = Gets(self, host, runtime, self._calls, self._quota, encoding, log)
-        self._puts = Puts(self, host, runtime, self._calls, self._quota, encoding)
+        parts = Parts(
+            tier=self,
+            host=host,
+            runtime=runtime,
+            calls=self._calls,
+            quota=self._quota,
+            encoding=encoding,
+            log=log,
+        )
+        self._gets, self._puts = Gets(parts), Puts(parts)
 
     def count(self, event: str, amount: int = 1) -> None:
         """Count ``event`` under this tier's name."""
