@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import msgspec
+import pytest
+from scripted import Pages, prompt
 
 from lmcache_core.agent import wire
 from lmcache_core.agent.agent import About, Agent
@@ -193,4 +195,19 @@ def settled(engine: CacheEngine, limit_s: float = 5.0) -> None:
         time.sleep(0.005)
 
 
-__all__ = ["TOKEN", "FakeController", "Orders", "joined", "settled", "truth"]
+def store(engine: CacheEngine, seed: int, chunks: int) -> list[bytes]:
+    """Store a prompt as the owner; its keys."""
+    with engine.owner:
+        engine.store(prompt(seed, chunks), Pages(seed))
+        return engine.keys(prompt(seed, chunks))
+
+
+@pytest.fixture
+def controller() -> Iterator[FakeController]:
+    """Closed at the end."""
+    it = FakeController()
+    yield it
+    it.close()
+
+
+__all__ = ["TOKEN", "FakeController", "Orders", "controller", "joined", "settled", "store", "truth"]
