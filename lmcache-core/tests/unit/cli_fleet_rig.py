@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import select
+import signal
 import ssl
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,16 @@ class FakeController:
         return [one for one in self.asked if (one.method, one.path) == (method, path)]
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of a connection that broke off: ``lmc`` in this process writes to the same
+        stderr."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def served(
     controller: FakeController, *, certificate: tuple[str, str] | None = None
@@ -115,19 +127,20 @@ def served(
             if said.status is None:
                 self.close_connection = True
                 return
+            # A 204 has no body (RFC 9110, 15.3.5), and a reader would reset what it left unread.
+            content = b"" if said.status == 204 else said.body
             with contextlib.suppress(ConnectionError):  # who asked may be gone
                 self.send_response(said.status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(said.body)))
+                self.send_header("Content-Length", str(len(content)))
                 for name, value in said.headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(said.body)
+                self.wfile.write(content)
 
         do_GET = do_POST = do_PUT = do_DELETE = answer
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     scheme = "http"
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -181,12 +194,16 @@ def until(holds: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def lmc_process(*line: str, terminal: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """``lmc`` in a process of its own; its three files are ``terminal``, if there is one."""
+    """``lmc`` in a process of its own; its three files are ``terminal``, if there is one.
+
+    It can be interrupted also where these tests run in the background and a shell ignores SIGINT.
+    """
     files: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     if terminal is not None:
         files = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     command = [sys.executable, "-m", "lmcache_core.cli", *line]
-    with subprocess.Popen(command, **files) as process:
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, preexec_fn=interruptible, **files) as process:
         try:
             yield process
         finally:

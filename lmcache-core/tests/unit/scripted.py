@@ -121,13 +121,14 @@ def make() -> Iterator[Make]:
         layout: ChunkLayout = LAYOUT,
         codecs: Codecs | None = None,
         write_ahead_bytes: int = 0,
+        close_timeout_s: float = 5.0,
     ) -> CacheEngine:
         runtime, metrics = Runtime(), Metrics()
         config = EngineConfig(
             host_bytes=host_chunks * stored_bytes(layout.payload_bytes),
             chunk_size=CHUNK,
             lookup_deadline_s=0.3,
-            close_timeout_s=0.3,
+            close_timeout_s=close_timeout_s,
             write_ahead_bytes=write_ahead_bytes,
         )
         engine = CacheEngine(

@@ -214,7 +214,7 @@ def test_a_tier_that_holds_too_much_lost_memory_is_not_used(make: Make) -> None:
 
 def test_close_is_bounded_while_a_store_is_frozen(make: Make) -> None:
     store = Scripted()
-    engine = make(store)
+    engine = make(store, close_timeout_s=0.3)
     store.freeze()
     engine.store(prompt(1, 2), Pages(1))
     start = time.monotonic()
@@ -238,7 +238,7 @@ def test_close_is_bounded_when_the_connectors_own_close_hangs_or_raises(
         def close(self) -> None:
             raise RuntimeError("no")
 
-    engine = make(Hanging(), Raising())
+    engine = make(Hanging(), Raising(), close_timeout_s=0.3)
     start = time.monotonic()
     assert engine.close() is False
     assert time.monotonic() - start < 3.0

@@ -147,7 +147,7 @@ def test_the_rest_is_written_when_the_engine_closes(make: Make) -> None:
 
 def test_closing_beside_a_frozen_tier_ends_in_time_and_counts_what_is_lost(make: Make) -> None:
     disk = Scripted()
-    engine = make(disk, tier=ON_EVICT, host_chunks=HOST_CHUNKS)
+    engine = make(disk, tier=ON_EVICT, host_chunks=HOST_CHUNKS, close_timeout_s=0.3)
     fill(engine, 5)
     disk.freeze()
     assert not engine.close()

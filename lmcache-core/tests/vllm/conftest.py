@@ -113,14 +113,15 @@ class Engine:
         return [list(o.outputs[0].token_ids) for o in self.run(prompts, max_tokens)]
 
     def settle(self) -> None:
-        """Let confirmations and writes to lower tiers come in."""
+        """Step as the engine's own loop does: until confirmations, writes to lower tiers and
+        requests that were aborted while they loaded are over."""
         import time
 
         end = time.monotonic() + 10
-        while self.connector.has_pending_push_work() and time.monotonic() < end:
+        while self.core.scheduler.has_requests() and time.monotonic() < end:
             self.core.step()
             time.sleep(0.001)
-        assert not self.connector.has_pending_push_work()
+        assert not self.core.scheduler.has_requests()
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

@@ -132,7 +132,10 @@ class Peers:
             if self._closed or not ours.hello:
                 sock.close()
                 return
-            self._join(sock, ours.hello, None)
+            try:
+                self._join(sock, ours.hello, None)
+            except (BackendClosed, BackendUnavailable):
+                self._host.counter("refused.handshake").inc()
             return
         peer = self._sessions.get(session)
         if peer is None:
@@ -145,7 +148,13 @@ class Peers:
                 peer.lane_came.notify()
 
     def _join(self, sock: socket.socket, session: bytes, dialled: Endpoint | None) -> Peer:
-        host, port = sock.getpeername()[:2]
+        try:
+            host, port = sock.getpeername()[:2]
+        except OSError as error:
+            sock.close()
+            raise BackendUnavailable(
+                "the peer left during the handshake", backend=SCHEME, op="connect"
+            ) from error
         name = f"{host}:{port}#{next(self._names)}"
         asking = Asking(
             f"tcp-ask-{port}",
