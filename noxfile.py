@@ -58,6 +58,14 @@ def imports(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, with dead links as errors.  Writes build/site."""
+    session.install("-q", "mkdocs<2", "mkdocs-material", "mkdocstrings[python]", "ruff")
+    # mkdocs is pinned below 2, which is what its theme warns of.
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(python=PYTHON)
 def unit(session: nox.Session) -> None:
     """Unit, property, simulation, crash and conformance tests; no engine."""
     extras = ("prometheus-client", "numba", "zstandard", "opentelemetry-sdk", *PROXY)

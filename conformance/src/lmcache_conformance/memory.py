@@ -21,8 +21,7 @@ class Memory:
     Args:
         sizes: bytes of each buffer.
         offset: added to every address, to break alignment.
-        tight: a buffer ends where its gap starts even when that breaks a page.
-        region: give the whole as one `Region` of this id (a memfd), else anonymous memory.
+        region_id: at least 0: give the whole as one `Region` of this id (a memfd), else anonymous memory.
     """
 
     CANARY = 0xA5

@@ -6,5 +6,6 @@ when channels and codecs have used it.
 """
 
 API_VERSION: tuple[int, int] = (0, 9)
+"""Version of the contract of backends; see `BackendInfo.api_min`."""
 BACKEND_GROUP = "lmcache.backends.v1"
 """Entry-point group of backends; the entry's name is the URL scheme it serves."""

@@ -14,9 +14,11 @@ class MemoryKind(enum.Enum):
     """Where a buffer's bytes live."""
 
     HOST = "host"
+    """Pageable host memory."""
     PINNED = "pinned"
     """Host memory registered with the device driver."""
     DEVICE = "device"
+    """An accelerator's memory, without a `Buffer.view`."""
 
 
 @dataclass(frozen=True, slots=True)

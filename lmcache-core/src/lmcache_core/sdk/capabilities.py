@@ -12,6 +12,7 @@ class Durability(enum.Enum):
     """What an acknowledged put survives."""
 
     NONE = "none"
+    """Nothing is promised."""
     PROCESS = "process"
     """The end of this process, also by SIGKILL."""
     SERVER = "server"
@@ -24,15 +25,20 @@ class Sharing(enum.Enum):
     """Who else sees an acknowledged put."""
 
     PROCESS = "process"
+    """Only this connector, and others of its process."""
     HOST = "host"
+    """Every process of the host."""
     CLUSTER = "cluster"
+    """Every host that opens the same store."""
 
 
 class OnExisting(enum.Enum):
     """What a put of a present key leaves behind.  It answers OK either way."""
 
     KEEP = "keep"
+    """The old value."""
     REPLACE = "replace"
+    """The new value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

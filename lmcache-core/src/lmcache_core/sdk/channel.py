@@ -23,6 +23,7 @@ from lmcache_core.sdk.hookspecs import Counter, OptionSpec, OptionValue, Probe
 from lmcache_core.sdk.status import Status
 
 CHANNEL_API_VERSION: tuple[int, int] = (1, 0)
+"""Version of the contract of channels."""
 CHANNEL_GROUP = "lmcache.channels.v1"
 """Entry-point group of channels; the entry's name is the URL scheme."""
 MAX_GRANT_BYTES = 32 << 10

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lmcache_core.sdk.errors import ContractViolation, LMCacheError
 
 CODEC_API_VERSION: tuple[int, int] = (1, 0)
+"""Version of the contract of codecs."""
 CODEC_GROUP = "lmcache.codecs.v1"
 """Entry-point group of codecs; the entry's name is the codec's name."""
 

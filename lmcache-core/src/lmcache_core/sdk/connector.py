@@ -13,7 +13,9 @@ from lmcache_core.sdk.capabilities import Capabilities
 from lmcache_core.sdk.status import GetResult, Status
 
 MAX_KEY_BYTES = 64
+"""A key has 1 to so many bytes."""
 CLOSE_LIMIT_S = 5.0
+"""`RemoteConnector.close` returns within this time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,10 @@ from lmcache_core.sdk.connector import RemoteConnector
 PROJECT = "lmcache"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks the functions of a backend's module that implement `BackendHooks`."""
 
 OptionValue = str | int | float | bool
+"""What a validated option is, by its `OptionSpec.type`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ class Status(enum.Enum):
     """
 
     OK = "ok"
+    """Done: the whole value was read or written, or the key is there (exists)."""
     MISS = "miss"
     """The key is absent (get, exists)."""
     REJECTED = "rejected"

@@ -31,10 +31,12 @@ class ValueFiles:
         backend: for errors.
         sync: files and names are synced to the device before a value is published.
         ops: file primitives.
-        pid, is_alive: whose temporary files may be swept at start; for simulations.
+        pid: of this process, in the names of temporary files; for simulations.
+        is_alive: whether a process is, whose temporary files are left alone; for simulations.
 
     Attributes:
-        ops, sync: as given.
+        ops: as given.
+        sync: as given.
 
     Raises:
         ConfigError: ``root`` can't be used.
