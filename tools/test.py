@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / "build" / "venv-nox"
 # fmt: off
 SESSIONS = (
-    "lint", "types", "imports", "api", "docs", "unit", "web", "wheels", "stores", "conformance", "codecs",
-    "third_party", "mutants", "vllm", "codec_report", "gpu", "soak", "demo",
+    "lint", "types", "imports", "api", "docs", "unit", "web", "wheels", "stores", "conformance",
+    "codecs", "third_party", "mutants", "vllm", "codec_report", "gpu", "soak", "demo",
     "controller_e2e",
 )
 # fmt: on

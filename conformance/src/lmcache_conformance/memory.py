@@ -21,7 +21,7 @@ class Memory:
     Args:
         sizes: bytes of each buffer.
         offset: added to every address, to break alignment.
-        region_id: at least 0: give the whole as one `Region` of this id (a memfd), else anonymous memory.
+        region_id: of the one `Region`, a memfd, that the whole is; below 0: anonymous memory.
     """
 
     CANARY = 0xA5
