@@ -112,7 +112,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         max_session_bytes: host memory that one of them may write and read at the same time;
             0 takes half of the host tier.
         channel: address of this engine's transfer channel, such as ``tcp://127.0.0.1:7001`` or
-            ``nixl+ucx://10.0.0.7:7001``; "" opens none.
+            ``nixl+ucx://10.0.0.7:7001``; "" opens none.  Data-parallel rank N has the port that
+            is N higher.
         channel_token_file: what engines show each other; `lmc token` makes one.
         peers: channel addresses of engines whose host tiers are asked for what is missing here.
         peer_deadline_s: for one question to a peer, or one read of its chunks.
@@ -133,7 +134,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         controller_ca_file: PEM certificates to trust for https; "" takes the system's.
         controller_sync_s: longest time between two syncs.
         instance: our name there, unique; "" is the host's name and the process's number, or for a
-            node server the host's name.
+            node server the host's name.  Data-parallel rank N adds ``:dpN``.
         ask_directory: ask the controllers which engines have what is missing here; needs a channel.
         tracing: record OpenTelemetry spans of lookups, loads and stores.
         max_pinned_bytes: host memory that pins of controllers may keep; 0 takes half of the tier.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,50 @@ def test_engine_core_and_worker_in_processes_of_their_own(
     assert restart == [reference[0], 512, {"disk": 512}]
 
 
-@pytest.mark.slow
-def test_the_api_server_finds_the_connector_by_name(tmp_path: Path, extra: dict[str, Any]) -> None:
+class Server:
+    """vLLM's API server in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, directory: Path) -> None:
+        self._process, self._port, self._directory = process, port, directory
+
+    def complete(self, **headers: str) -> dict[str, Any]:
+        """Its answer to `PROMPT`, when it is up."""
+        model = str(self._directory / "model")
+        body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", **named},
+        )
+        end = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return dict(json.loads(answer.read()))
+            except (ConnectionError, urllib.error.URLError):
+                alive = self._process.poll() is None and time.monotonic() < end
+                assert alive, (self._directory / "server.log").read_text()[-4000:]
+                time.sleep(0.5)
+
+    def scrape(self, *, engine: int = 0) -> dict[tuple[str, str], float]:
+        """Our series of one engine on vLLM's own endpoint, by name and tier."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        url = f"http://127.0.0.1:{self._port}/metrics"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            text = answer.read().decode()
+        return {
+            (sample.name, sample.labels.get("tier", "")): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name.startswith("lmcache") and sample.labels["engine"] == str(engine)
+        }
+
+
+@contextlib.contextmanager
+def api_server(tmp_path: Path, extra: dict[str, Any], *options: str) -> Iterator[Server]:
+    """vLLM's API server of a tiny model, with ``options``."""
     from lmcache_core.demo.models import make_tiny
 
     make_tiny(tmp_path / "model")
@@ -92,15 +136,12 @@ def test_the_api_server_finds_the_connector_by_name(tmp_path: Path, extra: dict[
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(tmp_path / "model"), "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096",
-        "--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(transfer),
+        "--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(transfer), *options,
     ]  # fmt: skip
     log = (tmp_path / "server.log").open("w")
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        first = complete(server, port, tmp_path)
-        second = complete(server, port, tmp_path)
-        complete(server, port, tmp_path)
-        metrics = scrape(port)
+        yield Server(server, port, tmp_path)
     finally:
         server.send_signal(signal.SIGINT)
         try:
@@ -109,6 +150,15 @@ def test_the_api_server_finds_the_connector_by_name(tmp_path: Path, extra: dict[
             server.kill()
             server.wait()
         log.close()
+
+
+@pytest.mark.slow
+def test_the_api_server_finds_the_connector_by_name(tmp_path: Path, extra: dict[str, Any]) -> None:
+    with api_server(tmp_path, extra) as server:
+        first = server.complete()
+        second = server.complete()
+        server.complete()
+        metrics = server.scrape()
     assert second["choices"][0]["text"] == first["choices"][0]["text"]
     assert first["kv_transfer_params"]["lmcache"]["cached_tokens"] == {}
     assert second["kv_transfer_params"]["lmcache"]["cached_tokens"] == {"host": 512}
@@ -119,35 +169,3 @@ def test_the_api_server_finds_the_connector_by_name(tmp_path: Path, extra: dict[
     assert metrics["lmcache_core:copied_bytes_total", ""] > 0
     assert metrics["lmcache_core:tier_writes_total", "disk"] == 2
     assert metrics["lmcache:time_to_lookup_count", ""] >= 2
-
-
-def scrape(port: int) -> dict[tuple[str, str], float]:
-    """Our series on vLLM's own endpoint, by name and tier."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    return {
-        (sample.name, sample.labels.get("tier", "")): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name.startswith("lmcache")
-    }
-
-
-def complete(server: subprocess.Popen[bytes], port: int, tmp_path: Path) -> dict[str, Any]:
-    body = {"model": str(tmp_path / "model"), "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    end = time.monotonic() + 120
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return dict(json.loads(answer.read()))
-        except (ConnectionError, urllib.error.URLError):
-            alive = server.poll() is None and time.monotonic() < end
-            assert alive, (tmp_path / "server.log").read_text()[-4000:]
-            time.sleep(0.5)

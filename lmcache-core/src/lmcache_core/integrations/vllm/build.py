@@ -56,7 +56,8 @@ def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
     refuse_unsupported(vllm_config, kv_cache_config)
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
-    config = load_config(transfer.kv_connector_extra_config)
+    parallel = vllm_config.parallel_config
+    config = of_rank(load_config(transfer.kv_connector_extra_config), parallel.data_parallel_index)
     if transfer.kv_role != "kv_both" and not config.channel:
         raise ConfigError(
             f"kv_role is {transfer.kv_role}, but the engine has no channel",
@@ -78,7 +79,6 @@ def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
             config.chunk_size, step, chunk_size,
         )  # fmt: skip
         config = msgspec.structs.replace(config, chunk_size=chunk_size)
-    parallel = vllm_config.parallel_config
     stages = parallel.pipeline_parallel_size
     layers = _stage_layers(vllm_config) if stages > 1 else []
     groups = [
@@ -104,6 +104,22 @@ def plan_for(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Plan:
         description=_page_description(kv_cache_config),
     )
     return Plan(config, geometry)
+
+
+def of_rank(config: EngineConfig, rank: int) -> EngineConfig:
+    """``config`` for one data-parallel rank, since all get the same: rank 0 keeps its channel's
+    port and its name, rank N has the port that is N higher, as vLLM's own connectors count, and a
+    name that ends in ``:dpN``."""
+    if not rank:
+        return config
+    changed: dict[str, str] = {}
+    if config.instance:
+        changed["instance"] = f"{config.instance}:dp{rank}"
+    address, mark, options = config.channel.partition("?")
+    host, _, port = address.rpartition(":")
+    if port.isascii() and port.isdigit() and int(port):
+        changed["channel"] = f"{host}:{int(port) + rank}{mark}{options}"
+    return msgspec.structs.replace(config, **changed)
 
 
 def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

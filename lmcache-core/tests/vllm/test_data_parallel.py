@@ -1,0 +1,53 @@
+"""Data-parallel ranks: engines of one server that get one configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_node import Node
+from test_processes import api_server
+
+from lmcache_core.config import EngineConfig
+from lmcache_core.integrations.vllm.build import of_rank
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    made = Node(tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.mark.slow
+def test_ranks_reuse_what_others_computed(
+    tmp_path: Path, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with api_server(tmp_path, node.extra, "--data-parallel-size", "2") as server:
+        answers = [server.complete(X_data_parallel_rank=rank) for rank in "011"]
+        asked = [
+            server.scrape(engine=rank)["lmcache:num_requested_tokens_total", ""] for rank in (0, 1)
+        ]
+    hits = [answer["kv_transfer_params"]["lmcache"]["cached_tokens"] for answer in answers]
+    assert hits == [{}, {"host": 512}, {"host": 512}]
+    assert asked[1] == 2 * asked[0] > 0
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+
+
+@pytest.mark.parametrize(
+    ("channel", "ours"),
+    [
+        ("tcp://127.0.0.1:7001", "tcp://127.0.0.1:7004"),
+        ("tcp://[::1]:7001?max_peers=9", "tcp://[::1]:7004?max_peers=9"),
+        ("tcp://127.0.0.1:0", "tcp://127.0.0.1:0"),
+        ("tcp://10.0.0.6", "tcp://10.0.0.6"),
+        ("", ""),
+    ],
+)
+def test_a_rank_listens_at_a_port_of_its_own(channel: str, ours: str) -> None:
+    config = EngineConfig(channel=channel, instance="a")
+    assert of_rank(config, 0) == config
+    assert (of_rank(config, 3).channel, of_rank(config, 3).instance) == (ours, "a:dp3")
+    assert of_rank(EngineConfig(), 3) == EngineConfig()
