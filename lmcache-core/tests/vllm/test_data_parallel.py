@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_node import Node
 from test_processes import api_server
 
 from lmcache_core.config import EngineConfig
-from lmcache_core.integrations.vllm.build import of_rank
+from lmcache_core.integrations.vllm.build import Plan, _say_what_is_open, of_rank
+from lmcache_core.logs import logger
 
 
 @pytest.fixture
@@ -51,3 +53,13 @@ def test_a_rank_listens_at_a_port_of_its_own(channel: str, ours: str) -> None:
     assert of_rank(config, 0) == config
     assert (of_rank(config, 3).channel, of_rank(config, 3).instance) == (ours, "a:dp3")
     assert of_rank(EngineConfig(), 3) == EngineConfig()
+
+
+@pytest.mark.parametrize(("rank", "node", "warned"), [(0, "", 0), (1, "", 1), (1, "/n", 0)])
+def test_the_second_rank_says_that_each_holds_a_cache_of_its_own(
+    rank: int, node: str, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = Plan(EngineConfig(node=node), SimpleNamespace(slot_bytes=1 << 20))  # type: ignore[arg-type]
+    with caplog.at_level("INFO", logger=logger.name):
+        _say_what_is_open(plan, 1 << 30, rank)
+    assert caplog.text.count("`lmc serve`") == warned

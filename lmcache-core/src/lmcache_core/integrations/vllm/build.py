@@ -221,14 +221,7 @@ def build_scheduler(
             # Page faults in the first requests would cost more than they do now.
             engine.host.arena.wait_prefaulted(PREFAULT_LIMIT_S)
         cache = EmbeddedCache(engine, layouts)
-    logger.info(
-        "KV cache: host %.1f GiB, chunks of %d tokens (%.1f MiB), %s, pid %d",
-        cache.capacity_bytes / (1 << 30),
-        plan.config.chunk_size,
-        plan.geometry.slot_bytes / (1 << 20),
-        plan.config.node or [tier.url.partition(":")[0] for tier in plan.config.tiers],
-        os.getpid(),
-    )
+    _say_what_is_open(plan, cache.capacity_bytes, vllm_config.parallel_config.data_parallel_index)
     wanted = vllm_config.kv_events_config
     events = wanted is not None and wanted.enable_kv_cache_events
     assert vllm_config.kv_transfer_config is not None
@@ -251,6 +244,22 @@ def build_scheduler(
     )
     schedulers.append(scheduler)
     return scheduler
+
+
+def _say_what_is_open(plan: Plan, capacity_bytes: int, rank: int) -> None:
+    logger.info(
+        "KV cache: host %.1f GiB, chunks of %d tokens (%.1f MiB), %s, pid %d",
+        capacity_bytes / (1 << 30),
+        plan.config.chunk_size,
+        plan.geometry.slot_bytes / (1 << 20),
+        plan.config.node or [tier.url.partition(":")[0] for tier in plan.config.tiers],
+        os.getpid(),
+    )
+    if rank == 1 and not plan.config.node:
+        logger.warning(
+            "each data-parallel rank holds a host tier of its own, and as much of every file tier "
+            "as one may have: start `lmc serve`, and give `node`, for one cache of all ranks"
+        )
 
 
 def build_worker(plan: Plan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Worker:
