@@ -70,7 +70,7 @@ def contract() -> str:
         for module in modules:
             lines += [f"::: lmcache_core.sdk.{module}", "    options:", "      members:"]
             lines += [f"        - {name}" for name in exported[module]]
-            lines += ["      show_root_toc_entry: false", "      heading_level: 3", ""]
+            lines += ["      heading_level: 3", ""]
     return "\n".join(lines)
 
 

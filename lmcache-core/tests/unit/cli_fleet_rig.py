@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -202,8 +201,12 @@ def lmc_process(*line: str, terminal: int | None = None) -> Iterator[subprocess.
     if terminal is not None:
         files = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     command = [sys.executable, "-m", "lmcache_core.cli", *line]
-    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, preexec_fn=interruptible, **files) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # "ignored" is inherited
+    try:
+        started = subprocess.Popen(command, **files)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with started as process:
         try:
             yield process
         finally:

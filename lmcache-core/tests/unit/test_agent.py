@@ -39,9 +39,6 @@ def joined_keys(keys: list[bytes]) -> bytes:
     return b"".join(keys)
 
 
-# What it does.
-
-
 def test_an_order_reaches_an_idle_engine_and_is_carried_out_once(
     make: Make, controller: FakeController
 ) -> None:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_node import Node
+from test_node import Node, node
 from test_processes import api_server
 
 from lmcache_core.config import EngineConfig
 from lmcache_core.integrations.vllm.build import Plan, _say_what_is_open, of_rank
 from lmcache_core.logs import logger
 
-
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    made = Node(tmp_path)
-    yield made
-    made.end()
+__all__ = ["node"]
 
 
 @pytest.mark.slow
@@ -43,6 +37,7 @@ def test_ranks_reuse_what_others_computed(
     [
         ("tcp://127.0.0.1:7001", "tcp://127.0.0.1:7004"),
         ("tcp://[::1]:7001?max_peers=9", "tcp://[::1]:7004?max_peers=9"),
+        ("tcp://127.0.0.1:7001/", "tcp://127.0.0.1:7004"),
         ("tcp://127.0.0.1:0", "tcp://127.0.0.1:0"),
         ("tcp://10.0.0.6", "tcp://10.0.0.6"),
         ("", ""),

@@ -116,7 +116,7 @@ def of_rank(config: EngineConfig, rank: int) -> EngineConfig:
     if config.instance:
         changed["instance"] = f"{config.instance}:dp{rank}"
     address, mark, options = config.channel.partition("?")
-    host, _, port = address.rpartition(":")
+    host, _, port = address.rstrip("/").rpartition(":")
     if port.isascii() and port.isdigit() and int(port):
         changed["channel"] = f"{host}:{int(port) + rank}{mark}{options}"
     return msgspec.structs.replace(config, **changed)
